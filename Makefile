@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` and `make test`. Both work on a machine with only Python 3.11.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := .avzero/demo
+
+.PHONY: demo test lint unit bench clean
+
+# Made once; made again when the pins or the project file change.
+$(VENV)/ready: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "avzero needs Python 3.11 or newer, found %d.%d" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/avzero simulate $(DEMO)/DEMO --size small
+	$(BIN)/avzero ingest avca $(DEMO)/DEMO --features main --split main
+	$(BIN)/avzero sweep jobs/demo.yaml
+	$(BIN)/avzero test jobs/demo.yaml
+	@echo
+	@echo 'Compare the runs in MLflow:  $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db'
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check platform tests
+	$(BIN)/ruff format --check platform tests
+	$(BIN)/mypy
+
+unit: $(VENV)/ready
+	$(BIN)/pytest
+
+test: lint unit
+
+# One benchmark: make bench B=store_reading
+bench: $(VENV)/ready
+	$(BIN)/python -m tests.bench.$(B)
+
+clean:
+	rm -rf $(VENV) .avzero mlflow.db mlruns

@@ -1,0 +1,3 @@
+"""avzero: a distributed experiment platform for audio-visual generalised zero-shot learning."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,380 @@
+"""The command line: parse, call, print. Heavy libraries are imported by the command that needs
+them, so ``avzero --help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from avzero.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from avzero.data.avca import Progress
+    from avzero.spec import Job
+    from avzero.tune.listener import Listener
+
+app = typer.Typer(
+    help="Experiments for audio-visual generalised zero-shot learning: released features in, an "
+    "honest TEST score out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+ingest_app = typer.Typer(help="Read released features into the store.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at benchmarks in the store.", no_args_is_help=True)
+app.add_typer(ingest_app, name="ingest")
+app.add_typer(data_app, name="data")
+
+StoreOption = Annotated[
+    str,
+    typer.Option("--store", "--to", envvar="AVZERO_STORE", help="A folder or s3://bucket/prefix."),
+]
+DEFAULT_STORE = ".avzero/store"
+JobArgument = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A job file (jobs/demo.yaml) or a sweep's name.")
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks (may stand anywhere).")
+    ] = False,
+) -> None:
+    """Document the options every command has; ``main`` acts on them."""
+    del debug
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _progress(console: Console) -> Progress:
+    """Return a callback that shows what is being read or written, on terminals only."""
+    status = {"line": ""}
+
+    def show(what: str, done: int, total: int) -> None:
+        line = f"\r{what}: {done + 1}/{total}"
+        if console.is_terminal:
+            console.file.write(line.ljust(len(status["line"])))
+            console.file.flush()
+            status["line"] = line if done + 1 < total else ""
+
+    return show
+
+
+@app.command()
+def simulate(
+    root: Annotated[Path, typer.Argument(help="Folder to make; its name names the dataset.")],
+    size: Annotated[str, typer.Option(help="tiny, small, UCF-main, UCF-cls, …")] = "small",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Write a simulated dataset in the layout of the releases."""
+    from avzero.data.simulate import simulate as make
+
+    console = _console()
+    make(root, size, seed, _progress(console))
+    console.print(f"{root}: simulated dataset, size {size}, seed {seed}")
+
+
+@ingest_app.command("avca")
+def ingest_avca(
+    root: Annotated[Path, typer.Argument(help="Root of one dataset, e.g. …/UCF.")],
+    features: Annotated[str, typer.Option(help="main, cls or a folder below features/.")] = "main",
+    split: Annotated[
+        str, typer.Option(help="main, cls or a folder below class-split/; default: as features.")
+    ] = "",
+    name: Annotated[
+        str, typer.Option(help="Name in the store; default <dataset>-<features>.")
+    ] = "",
+    nonfinite: Annotated[str, typer.Option(help="Rows with NaN: fail, drop or zero.")] = "fail",
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text vectors as NAME=FILE; default: those found.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Read a release in the AVCA layout: checked, digested, stored as Parquet."""
+    from avzero.data.avca import ReadOptions, read_avca
+    from avzero.data.store import FeatureStore
+
+    console = _console()
+    progress = _progress(console)
+    files: dict[str, Path] = {}
+    for pair in text or ():
+        key, sep, file = pair.partition("=")
+        if not sep or not key or not file:
+            raise UserError(f"--text {pair}: write NAME=FILE")
+        files[key] = Path(file)
+    target = FeatureStore(store)
+    raw = read_avca(
+        root,
+        features,
+        split or ("cls" if features == "cls" else "main"),
+        name=name or None,
+        options=ReadOptions(nonfinite, files),
+        progress=progress,
+    )
+    info, new = target.put(raw, progress)
+    counts = ", ".join(f"{role} {count}" for role, count in info.counts.items())
+    verb = "stored" if new else "already in the store"
+    console.print(f"{info.name}@{info.digest[:16]}: {verb} ({counts})")
+
+
+@data_app.command("list")
+def data_list(store: StoreOption = DEFAULT_STORE) -> None:
+    """List the benchmarks in a store."""
+    from rich.table import Table
+
+    from avzero.data.store import FeatureStore
+
+    table = Table()
+    for column in ("benchmark", "digest", "features", "classes", "samples", "text sets"):
+        table.add_column(column)
+    for manifest in FeatureStore(store).manifests():
+        dims = manifest["parts"]["open"]["dims"]
+        table.add_row(
+            manifest["name"] + (" (simulated)" if manifest["simulated"] else ""),
+            manifest["digest"][:16],
+            ", ".join(f"{m} {d}" for m, d in dims.items()),
+            str(sum(role != "unused" for role in manifest["classes"]["roles"])),
+            str(sum(manifest["counts"].values())),
+            ", ".join(sorted(manifest["text"])),
+        )
+    _console().print(table)
+
+
+@data_app.command("verify")
+def data_verify(
+    benchmark: Annotated[str, typer.Argument(help="name or name@digest; default: all.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Check every stored file against its digest."""
+    from avzero.data.store import FeatureStore
+
+    target = FeatureStore(store)
+    names = [benchmark] if benchmark else [f"{m['name']}@{m['digest']}" for m in target.manifests()]
+    problems = [problem for name in names for problem in target.verify(name)]
+    if problems:
+        raise UserError("; ".join(problems))
+    _console().print(f"{len(names)} benchmark{'s' if len(names) != 1 else ''}: all digests match")
+
+
+@data_app.command("audit")
+def data_audit(
+    benchmark: Annotated[str, typer.Argument(help="name or name@digest.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Print the validation report of a benchmark's import."""
+    from avzero.data.audit import audit_lines
+    from avzero.data.store import FeatureStore
+
+    audit = FeatureStore(store).audit(benchmark)
+    if as_json:
+        typer.echo(json.dumps(audit, indent=2, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(audit_lines(audit)))
+
+
+@data_app.command("ledger")
+def data_ledger(
+    benchmark: Annotated[str, typer.Argument(help="name or name@digest.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """List every opening of a benchmark's TEST rows."""
+    from avzero.data.store import FeatureStore
+
+    lines = FeatureStore(store).openings(benchmark)
+    for line in lines:
+        typer.echo(
+            f"{line['time']}  {line['user']}@{line['host']}  sweep {line['sweep']}  "
+            f"trial {line['trial']}  seed {line['seed']}  beta {line['beta']:.4g}"
+        )
+    typer.echo(f"TEST of {benchmark} was opened {len(lines)} time{'s' * (len(lines) != 1)}")
+
+
+@app.command("models")
+def models(name: Annotated[str, typer.Argument(help="One system, in full.")] = "") -> None:
+    """List the systems, or one with its options and published points."""
+    from rich.table import Table
+
+    from avzero.models._registry import model_class, model_files
+    from avzero.tune.space import load_space
+
+    console = _console()
+    if not name:
+        table = Table()
+        for column in ("system", "title", "year", "venue", "features", "options"):
+            table.add_column(column)
+        for known in model_files():
+            cls = model_class(known)
+            table.add_row(
+                known,
+                cls.card.title,
+                str(cls.card.year),
+                cls.card.venue,
+                ", ".join(cls.card.features),
+                ", ".join(cls.compat),
+            )
+        console.print(table)
+        return
+    cls, space = model_class(name), load_space(name)
+    console.print(
+        f"{cls.card.title}: {cls.card.authors}; {cls.card.venue} {cls.card.year}; {cls.card.link}"
+    )
+    table = Table()
+    for column in ("hyperparameter", "default", "compat", "range"):
+        table.add_column(column)
+    for key, field in cls.Config.model_fields.items():
+        given = space.space[key].model_dump(exclude_none=True) if key in space.space else {}
+        table.add_row(
+            key,
+            str(field.default),
+            str(cls.compat.get(key, "")),
+            ", ".join(f"{k} {v}" for k, v in given.items()),
+        )
+    console.print(table)
+    for point in space.published:
+        console.print(
+            f"{point.dataset} {point.features}: {point.values}  [{point.source}]", markup=False
+        )
+
+
+def _open_job(sweep: str, store: str | None, tracking: str | None) -> Job:
+    """Read a job from its file or, by name, from the store; apply the command line's options."""
+    from avzero.data.storage import open_storage
+    from avzero.spec import Job, load_job, validate
+
+    if Path(sweep).suffix in (".yaml", ".yml") or Path(sweep).is_file():
+        job = load_job(Path(sweep))
+    else:
+        place = open_storage(store or DEFAULT_STORE)
+        try:
+            stored = json.loads(place.read(f"sweeps/{sweep}/job.json"))
+        except KeyError as error:
+            raise UserError(
+                f"{place.url}: no sweep {sweep!r}; give a job file, or the --store it ran in"
+            ) from error
+        job = validate(Job, stored["job"], f"sweep {sweep}")
+    updates: dict[str, object] = {}
+    if store:
+        updates["store"] = store
+    if tracking:
+        updates["tracking"] = job.tracking.model_copy(update={"uri": tracking})
+    return job.model_copy(update=updates)
+
+
+def _listeners(job: Job, console: Console) -> list[Listener]:
+    """Return the console display and, unless switched off, the MLflow tracker."""
+    from avzero.report.console import ConsoleProgress
+
+    members: list[Listener] = [ConsoleProgress(console)]
+    if job.tracking.uri != "off":
+        from avzero.track.mlflow_tracker import MlflowTracker
+
+        members.append(MlflowTracker(job.tracking.uri, job))
+    return members
+
+
+JobStore = Annotated[
+    str | None, typer.Option("--store", envvar="AVZERO_STORE", help="Instead of the job's store.")
+]
+TrackingOption = Annotated[
+    str | None, typer.Option("--tracking", help="MLflow URI instead of the job's; 'off' for none.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster; default: one on this machine.")
+]
+
+
+@app.command()
+def sweep(
+    job_file: JobArgument,
+    store: JobStore = None,
+    tracking: TrackingOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Search hyperparameters on VAL; the same command resumes an interrupted sweep."""
+    from avzero.cluster.connect import ray_cluster
+    from avzero.data.store import FeatureStore
+    from avzero.tune.sweep import Sweep
+
+    job = _open_job(job_file, store, tracking)
+    console = _console()
+    run = Sweep(job, FeatureStore(job.store))
+    run.listeners = tuple(_listeners(job, console))
+    if not run.remaining:
+        run.run()
+        return
+    console.print(f"Starting Ray{' at ' + address if address else ' on this machine'} …")
+    with ray_cluster(address):
+        finished = run.run()
+    if not finished:
+        raise typer.Exit(130)
+
+
+@app.command("test")
+def test_command(
+    job_file: JobArgument,
+    store: JobStore = None,
+    tracking: TrackingOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Freeze a sweep's winner, train stage 2, and look at TEST once."""
+    from contextlib import nullcontext
+
+    from avzero.cluster.connect import ray_cluster
+    from avzero.data.store import FeatureStore
+    from avzero.report.table import leaderboard, render
+    from avzero.tune.final import run_final
+    from avzero.tune.sweep import Sweep
+
+    job = _open_job(job_file, store, tracking)
+    console = _console()
+    run = Sweep(job, FeatureStore(job.store))
+    listeners = _listeners(job, console)
+    with ray_cluster(address) if job.test.workers > 1 else nullcontext():
+        for _ in run_final(run, listeners):
+            pass
+    console.print(render(leaderboard(run.store.storage, [job.name])))
+
+
+@app.command()
+def report(
+    sweeps: Annotated[list[str] | None, typer.Argument(help="Sweep names; default: all.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Print the leaderboard of sweeps whose TEST has been scored."""
+    from avzero.data.storage import open_storage
+    from avzero.report.table import leaderboard, render, sweep_names
+
+    storage = open_storage(store)
+    rows = leaderboard(storage, sweeps or sweep_names(storage))
+    if not rows:
+        raise UserError(f"{store}: no TEST results yet; run avzero sweep, then avzero test")
+    _console().print(render(rows))
+
+
+def main() -> None:
+    """Run the command line: one clear line and exit code 2 for what a person must correct."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        app([a for a in arguments if a != "--debug"], prog_name="avzero")
+    except UserError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"avzero: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Features in: readers of the released layouts, the content-addressed store, the audit."""

@@ -1,0 +1,124 @@
+"""The node-local cache: each part of a benchmark once, as memory-mapped arrays, keyed by digest.
+
+All workers of a node map the same files, so a benchmark is in memory once however many workers
+read it. Entries are made in a temporary folder and renamed: a reader sees a whole entry or none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from avzero.data.benchmark import Float32, Part, samples_digest
+from avzero.data.columns import copy_column, read_samples, samples_from_table, samples_table
+from avzero.data.storage import disk_errors, require_space
+from avzero.errors import UserError
+
+
+def cache_root() -> Path:
+    """Return the cache folder: ``AVZERO_CACHE`` or ``~/.cache/avzero``."""
+    return Path(os.environ.get("AVZERO_CACHE", "~/.cache/avzero")).expanduser()
+
+
+class NodeCache:
+    """Maps parts of benchmarks, filling the cache from the store when needed."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or cache_root()
+
+    def open(self, digest: str, entry: Mapping[str, Any], fetch: Callable[[Path], Path]) -> Part:
+        """Return a part as memory-mapped arrays.
+
+        Args:
+            digest: the part's identity; the entry's folder name.
+            entry: the manifest's description of the part (rows, dims, content digests, bytes).
+            fetch: called with a scratch folder when the entry is missing; returns the Parquet
+                file, which may lie in that folder.
+
+        Raises:
+            UserError: the file is damaged, or the device is full.
+        """
+        folder = self.root / digest
+        part = self._map(folder, entry)
+        if part is not None:
+            return part
+        with self._one_at_a_time(digest):
+            # Another process may have filled the entry while this one waited.
+            part = self._map(folder, entry)
+            if part is None:
+                self._fill(folder, entry, fetch)
+                part = self._map(folder, entry)
+        if part is None:
+            raise UserError(f"{folder}: cache entry unusable; delete the folder and try again")
+        return part
+
+    def _map(self, folder: Path, entry: Mapping[str, Any]) -> Part | None:
+        """Map an entry; None when it is missing or does not have the expected size."""
+        rows = int(entry["rows"])
+        features: dict[str, Float32] = {}
+        try:
+            for modality, width in entry["dims"].items():
+                # Copy-on-write: pages stay shared between processes, and torch gets an array it
+                # may call writable without anybody being able to change the file.
+                array = np.load(folder / f"{modality}.npy", mmap_mode="c")
+                if array.shape != (rows, width) or array.dtype != np.dtype("<f4"):
+                    return None
+                features[modality] = array
+            with pa.memory_map(str(folder / "samples.arrow")) as source:
+                samples = samples_from_table(pa.ipc.open_file(source).read_all())
+        except (FileNotFoundError, ValueError, pa.ArrowInvalid):
+            return None
+        return Part(samples, features) if len(samples) == rows else None
+
+    def _fill(self, folder: Path, entry: Mapping[str, Any], fetch: Callable[[Path], Path]) -> None:
+        """Make an entry in a scratch folder and rename it into place."""
+        needed = sum(4 * int(entry["rows"]) * int(width) for width in entry["dims"].values())
+        with disk_errors(self.root):
+            require_space(self.root, needed)
+            scratch = self.root / f".tmp-{uuid.uuid4().hex}"
+            scratch.mkdir(parents=True)
+            try:
+                source = fetch(scratch)
+                for modality, width in entry["dims"].items():
+                    copy_column(
+                        source,
+                        modality,
+                        (int(entry["rows"]), int(width)),
+                        scratch / f"{modality}.npy",
+                        entry["content"]["features"][modality],
+                    )
+                samples = read_samples(source)
+                if samples_digest(samples) != entry["content"]["samples"]:
+                    raise UserError(
+                        f"{source}: the samples table does not have the content the manifest "
+                        "names; the file is damaged. Ingest the release again"
+                    )
+                table = samples_table(samples)
+                with pa.ipc.new_file(str(scratch / "samples.arrow"), table.schema) as writer:
+                    writer.write_table(table)
+                if source.parent == scratch:
+                    source.unlink()
+                if folder.exists():  # an entry _map refused: wrong size or cut off
+                    shutil.rmtree(folder)
+                scratch.replace(folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    @contextmanager
+    def _one_at_a_time(self, digest: str) -> Iterator[None]:
+        """Let one process of the node fill an entry while others wait; a saving, not a guard."""
+        with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = (self.root / f".{digest}.lock").open("w")
+        with handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,75 @@
+"""Class text vectors of a release, joined to classes through the name map, never by position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from avzero.data.benchmark import Classes, ClassRole, TextSet
+from avzero.data.class_lists import ClassTable, read_name_map
+from avzero.data.safe_pickle import load_text_vectors
+from avzero.errors import UserError
+
+
+def find_text_files(feature_root: Path) -> dict[str, Path]:
+    """Return {text set name: file} of the ``text`` folder of a feature set."""
+    files = {text_set_name(path): path for path in sorted((feature_root / "text").glob("*.npy"))}
+    if not files:
+        raise UserError(
+            f"{feature_root / 'text'}: no .npy text vectors; copy "
+            "word_embeddings_<dataset>_normed.npy there or give --text NAME=FILE"
+        )
+    return files
+
+
+def read_text_sets(
+    files: Mapping[str, Path], split_root: Path, table: ClassTable
+) -> dict[str, TextSet]:
+    """Read text files and join each to the classes by name."""
+    result: dict[str, TextSet] = {}
+    for text_name, path in files.items():
+        keys, vectors = load_text_vectors(path)
+        map_path, name_map = _map_for(split_root, set(keys))
+        by_class: dict[str, str] = {}
+        for original, key in name_map.items():
+            class_id = table.find(original, str(map_path))
+            if key in keys:
+                by_class[table.classes.names[class_id]] = key
+        _check_covered(table.classes, by_class, name_map, path)
+        result[text_name] = TextSet(keys, vectors, by_class)
+    return result
+
+
+def _map_for(split_root: Path, keys: set[str]) -> tuple[Path, dict[str, str]]:
+    """Return the name map whose keys fit a text file: ``manual``, else ``clip_class_name``."""
+    best = read_name_map(split_root, "manual")
+    if not keys.issuperset(best[1].values()) and list(split_root.glob("*_clip_class_names.csv")):
+        other = read_name_map(split_root, "clip_class_name")
+        if len(keys & set(other[1].values())) > len(keys & set(best[1].values())):
+            return other
+    return best
+
+
+def _check_covered(
+    classes: Classes, by_class: Mapping[str, str], name_map: Mapping[str, str], path: Path
+) -> None:
+    """Refuse a text file that lacks the vector of a class the benchmark uses."""
+    used = classes.ids(ClassRole.TRAIN, ClassRole.VAL_UNSEEN, ClassRole.TEST_UNSEEN)
+    for name in (classes.names[i] for i in used):
+        if name not in by_class:
+            key = name_map.get(name)
+            raise UserError(
+                f"{path}: no text vector for class {name!r} "
+                + (f"(text key {key!r})" if key else "(the name map does not list it)")
+                + "; add it, or use the text file of this release"
+            )
+
+
+def text_set_name(path: Path) -> str:
+    """Return a short name for a text file: ``w2v``, ``wavcaps`` or the stem without trimmings."""
+    stem = path.stem.removesuffix("_normed")
+    if stem.startswith("word_embeddings"):
+        return "w2v"
+    if stem.startswith("wavcaps_word_embeddings"):
+        return "wavcaps"
+    return stem.split("_embeddings")[0]

@@ -1,0 +1,120 @@
+"""Finding the systems: every file of ``models/`` without a leading underscore is one.
+
+Folders named in ``AVZERO_PATH`` (separated like ``PATH``) are searched as well: a system of your
+own is ``<folder>/models/<name>.py`` plus ``<folder>/search_spaces/<name>.yaml``, nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from pydantic import ValidationError
+
+from avzero.canon import sha256_hex
+from avzero.errors import UserError
+from avzero.models._contract import Model, ModelConfig, Shapes
+from avzero.models._layers import number_sites
+from avzero.protocol.counter import fold
+from avzero.spec import Preset, describe
+
+_INITIALISATION = 0x494E4954
+
+
+def extra_folders() -> list[Path]:
+    """Return the folders of ``AVZERO_PATH``."""
+    return [Path(p) for p in os.environ.get("AVZERO_PATH", "").split(os.pathsep) if p]
+
+
+def model_files() -> dict[str, Path]:
+    """Return {system name: file}, sorted by name.
+
+    Raises:
+        UserError: two files define the same name.
+    """
+    folders = [Path(__file__).parent, *(folder / "models" for folder in extra_folders())]
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            if path.stem.startswith("_"):
+                continue
+            if path.stem in found:
+                raise UserError(f"{path}: system {path.stem!r} is already {found[path.stem]}")
+            found[path.stem] = path
+    return dict(sorted(found.items()))
+
+
+def model_class(name: str) -> type[Model]:
+    """Return the class of a system.
+
+    Raises:
+        UserError: there is no such system, or its file does not define exactly one.
+    """
+    files = model_files()
+    if name not in files:
+        raise UserError(f"no system {name!r}; there is {', '.join(files)}")
+    return _load(name, files[name])
+
+
+@functools.cache
+def _load(name: str, path: Path) -> type[Model]:
+    module = _import(name, path)
+    classes = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Model)
+        and not inspect.isabstract(value)
+        and value.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise UserError(f"{path}: defines {len(classes)} systems; a file defines exactly one")
+    return classes[0]
+
+
+def _import(name: str, path: Path) -> ModuleType:
+    """Import a model file; files outside the package get a private module name."""
+    if path.parent == Path(__file__).parent:
+        return importlib.import_module(f"avzero.models.{name}")
+    qualified = f"_avzero_model_{name}_{sha256_hex(str(path).encode())[:8]}"
+    spec = importlib.util.spec_from_file_location(qualified, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[qualified] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_config(name: str, values: dict[str, object], preset: Preset, where: str) -> ModelConfig:
+    """Return a system's configuration: its defaults, the preset's, then ``values``.
+
+    Raises:
+        UserError: an unknown hyperparameter or an impossible value; the message starts ``where``.
+    """
+    cls = model_class(name)
+    base = dict(cls.compat) if preset is Preset.COMPAT else {}
+    try:
+        return cls.Config.model_validate(base | values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {name}: {describe(error, cls.Config)}") from error
+
+
+def build(name: str, config: dict[str, object], shapes: Shapes, seed: int, stage: int) -> Model:
+    """Build a system with the framework's default initialisation, drawn from its own stream.
+
+    The weights depend on (seed, stage) only, not on what was built before or how many workers
+    build it.
+    """
+    cls = model_class(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(_INITIALISATION, seed, stage) >> 1)
+        model = cls(cls.Config.model_validate(config), shapes)
+    number_sites(model)
+    return model

@@ -1,0 +1,61 @@
+"""Carrying the calibration value from VAL to TEST (protocol.md sections 4 and 5, P-03 to P-06).
+
+A ``Calibration`` is made from VAL alone and is part of the frozen trial. TEST is scored with the
+number it gives; no function here or in ``scoring`` chooses a beta from TEST distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from avzero.protocol.scoring import Nearest, Scores
+from avzero.spec import Protocol
+
+BOTH = "both"
+"""The headline entry of a system's distances."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Beta per modality as chosen on VAL, in distance units or in units of ``scale``."""
+
+    betas: Mapping[str, float]
+    scale: float
+    at_grid_end: bool
+    """Whether the headline optimum lies at an end of the grid (P-06): widen it if so."""
+
+    def beta(self, modality: str, protocol: Protocol, test_scale: float) -> float:
+        """Return the value TEST is scored with.
+
+        Args:
+            modality: a key of ``betas``.
+            protocol: P-03 and P-04.
+            test_scale: the class-distance scale of the stage-2 weights (only for ``scaled``).
+        """
+        if protocol.beta_reduction == "mean3":
+            # Systems with one result count it three times: the mean is that one value.
+            beta = sum(self.betas.values()) / len(self.betas)
+        else:
+            beta = self.betas[modality]
+        return beta * test_scale / self.scale if protocol.calibration == "scaled" else beta
+
+
+def calibrate(
+    nearest: Mapping[str, Nearest], protocol: Protocol, scale: float
+) -> tuple[Calibration, dict[str, Scores]]:
+    """Choose beta on VAL: the first grid value with the highest HM, per modality.
+
+    Args:
+        nearest: VAL distances by modality; must contain ``both``.
+        protocol: gives the grid.
+        scale: class-distance scale of the stage-1 weights.
+
+    Returns:
+        The calibration and the VAL scores at the chosen values.
+    """
+    grid = protocol.beta_grid.values()
+    scores = {modality: facts.sweep(grid) for modality, facts in nearest.items()}
+    at_end = scores[BOTH].beta in (grid[0], grid[-1]) and len(grid) > 1
+    betas = {modality: score.beta for modality, score in scores.items()}
+    return Calibration(betas, scale, at_end), scores

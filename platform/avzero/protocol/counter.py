@@ -1,0 +1,112 @@
+"""Counter-based random numbers: a value is a hash of (seed, stage, epoch, step, site, element).
+
+There is no generator state, so a draw does not depend on how many workers draw, on what was drawn
+before, or on the device; a run resumed at an epoch continues with the very same numbers, and a
+trial that shares an array with others keeps its own (design rule 4).
+
+Two hashes are used. ``mix64`` (the finaliser of SplitMix64; Steele, Lea and Flood, OOPSLA 2014)
+keys streams and draws samples. Dropout draws millions of values a step and uses a 32-bit mixer of
+the same family, whose first round depends on the element only and is kept between steps.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_C1 = 0xBF58476D1CE4E5B9
+_C2 = 0x94D049BB133111EB
+
+
+def _signed64(value: int) -> int:
+    """Return an unsigned 64-bit value as the signed one with the same bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _signed32(value: int) -> int:
+    """Return an unsigned 32-bit value as the signed one with the same bits."""
+    return value - (1 << 32) if value >> 31 else value
+
+
+def mix64_int(value: int) -> int:
+    """Return the SplitMix64 finaliser of one integer, as an unsigned 64-bit integer."""
+    value = (value + _GOLDEN) & _MASK64
+    value = ((value ^ (value >> 30)) * _C1) & _MASK64
+    value = ((value ^ (value >> 27)) * _C2) & _MASK64
+    return value ^ (value >> 31)
+
+
+def fold(*parts: int) -> int:
+    """Return one unsigned 64-bit key for a tuple of integers; order matters."""
+    key = 0
+    for part in parts:
+        key = mix64_int(key ^ (part & _MASK64))
+    return key
+
+
+def mix64(values: Tensor) -> Tensor:
+    """Return the SplitMix64 finaliser of every element of an int64 tensor (bits in int64)."""
+    x = values + _signed64(_GOLDEN)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed64(_C1)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed64(_C2)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def uniform_below(key: int, counters: Tensor, bound: Tensor | int) -> Tensor:
+    """Draw integers uniform over 0 … bound - 1, one per counter.
+
+    Args:
+        key: the stream (``fold``).
+        counters: int64; equal counters give equal draws.
+        bound: positive, below 2^31; a tensor must broadcast against ``counters``.
+
+    Returns:
+        int64 of the broadcast shape. The bias is below bound / 2^31.
+    """
+    bits = mix64(mix64(counters) ^ _signed64(key))
+    return (((bits >> 33) & ((1 << 31) - 1)) * bound) >> 31
+
+
+def site_keys(key: int, steps: int, sites: int, device: torch.device) -> Tensor:
+    """Return int32 keys [steps, sites]: one per dropout site and step of an epoch."""
+    counters = torch.arange(steps * max(sites, 1), dtype=torch.int64, device=device)
+    bits = mix64(mix64(counters) ^ _signed64(key))
+    return (bits >> 32).to(torch.int32).view(steps, max(sites, 1))
+
+
+_M1 = _signed32(0x7FEB352D)
+_M2 = _signed32(0x846CA68B)
+
+
+@functools.lru_cache(maxsize=8)
+def _lattice(size: int, device: torch.device) -> Tensor:
+    """Return the first mixing round of elements 0 … size - 1 (int32)."""
+    x = torch.arange(size, dtype=torch.int64, device=device)
+    x = (x * 0x9E3779B1) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    return (x ^ (x >> 15)).to(torch.int32)
+
+
+def keep_mask(
+    key: Tensor, shape: torch.Size, probability: Tensor, first: int, total: int
+) -> Tensor:
+    """Return a boolean mask of ``shape`` that is true with probability 1 - p.
+
+    Args:
+        key: 0-d int32, the site's key in this step.
+        shape: shape of the values to mask.
+        probability: 0-d float, the probability of false.
+        first: number of the first element in the global batch (0 with one worker).
+        total: number of elements of the global batch, so that workers share one lattice.
+    """
+    count = shape.numel()
+    x = _lattice(total, key.device)[first : first + count].view(shape) ^ key
+    x = x * _M1
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _M2
+    # Signed comparison: the threshold is p scaled to the int32 range.
+    threshold = (probability.to(torch.float64) * 2.0**32 - 2.0**31).clamp(max=2.0**31 - 1)
+    return x >= threshold.to(torch.int32)

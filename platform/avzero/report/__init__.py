@@ -1,0 +1,1 @@
+"""Reports: records in the store become tables and progress displays."""

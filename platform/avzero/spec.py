@@ -1,0 +1,354 @@
+"""What a user writes in YAML, as strict models: unknown keys and impossible values are refused.
+
+``load_job`` turns a file into a ``Job`` or into one clear line. Everything that decides a result
+(protocol, training settings, hyperparameters, seed) has a canonical JSON form and through it an
+identity (``avzero.canon``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from avzero.canon import identity
+from avzero.errors import UserError
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """Base of everything a user may write: no unknown keys, no later changes, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TextAlignment(StrEnum):
+    """How class text vectors are found (protocol.md P-01).
+
+    ``BY_CLASS`` joins through the name map. ``LEGACY_SORTED`` indexes the vectors, sorted by text
+    key, with the class id: what every public loader does, and wrong for most classes. It exists
+    to evaluate published checkpoints, which were trained against those vectors.
+    """
+
+    BY_CLASS = "by_class"
+    LEGACY_SORTED = "legacy_sorted"
+
+
+class Preset(StrEnum):
+    """A bundle of P-nn options: as the papers describe, or as the released code behaves."""
+
+    PAPER = "paper"
+    COMPAT = "compat"
+
+
+class BetaGrid(Strict):
+    """Calibration values tried on VAL: ``count`` values from ``start`` to ``stop`` inclusive."""
+
+    start: float = 0.0
+    stop: float = 3.0
+    count: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BetaGrid:
+        if self.stop < self.start or (self.count > 1 and self.stop == self.start):
+            raise ValueError("stop must be larger than start")
+        return self
+
+    def values(self) -> list[float]:
+        """Return the grid in ascending order."""
+        if self.count == 1:
+            return [self.start]
+        step = (self.stop - self.start) / (self.count - 1)
+        return [self.start + step * i for i in range(self.count)]
+
+
+class Protocol(Strict):
+    """The two-stage protocol and its options; ids P-nn refer to protocol.md section 6."""
+
+    preset: Preset = Preset.PAPER
+    text: str = "w2v"
+    """Text set of class vectors."""
+    text_alignment: TextAlignment = TextAlignment.BY_CLASS
+    """P-01."""
+    stage2_lr: Literal["replay", "plateau_on_val"] = "replay"
+    """P-02: replay stage 1's learning rates, or step on VAL, which stage 2 trains on."""
+    calibration: Literal["absolute", "scaled"] = "absolute"
+    """P-03: carry beta as a distance, or in units of the seen-unseen class distance."""
+    beta_reduction: Literal["mean3", "per_modality"] = "mean3"
+    """P-04: one beta, the mean over audio, video and both; or each modality its own."""
+    beta_grid: BetaGrid = BetaGrid()
+    """P-06."""
+    distance: Literal["l2", "squared_l2"] = "l2"
+    """P-18: one rule, used everywhere."""
+    input_scaling: Literal["none", "standard", "l2"] = "none"
+    """P-17: raw features; per-dimension z-scores fitted on the training rows; unit row norm."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == Preset.COMPAT:
+            return {"text_alignment": "legacy_sorted", "stage2_lr": "plateau_on_val"} | values
+        return values
+
+
+class TrainConfig(Strict):
+    """Optimisation settings (protocol.md section 3). All can be searched or fixed in a job."""
+
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+    """L2, added to the gradient (not decoupled)."""
+    beta1: Probability = 0.9
+    beta2: Probability = 0.999
+    batch_size: int = Field(256, ge=2)
+    """Global batch: the sum over all workers."""
+    epochs: Count = 50
+    batches_per_epoch: Count = 500
+    schedule: Literal["plateau", "constant"] = "plateau"
+    patience: int = Field(3, ge=0)
+    factor: float = Field(0.1, gt=0, lt=1)
+
+
+TRAIN_FIELDS = frozenset(TrainConfig.model_fields)
+
+
+class Search(Strict):
+    """How hyperparameters are searched on VAL."""
+
+    trials: Count = 16
+    """Per benchmark and model, the published (or default) point included."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: int = 0
+    pruner: Literal["halving", "median", "none"] = "halving"
+    """Early stopping on VAL HM: asynchronous successive halving, below the median, or off."""
+    min_epochs: Count = 4
+    """No trial is stopped before this many epochs."""
+    reduction: int = Field(3, ge=2)
+    """Successive halving keeps one in this many at every rung."""
+    space: dict[str, Any] = Field(default_factory=dict)
+    """Ranges that replace or extend those of ``search_spaces/<model>.yaml``."""
+    points: list[dict[str, Any]] = Field(default_factory=list)
+    """Configurations tried right after trial 0."""
+
+
+class Resources(Strict):
+    """What one trial needs, and how many run at once."""
+
+    workers: Count = 1
+    """Ray Train workers of one trial; above 1 the batch is split over them."""
+    cpus: NonNegative = 1.0
+    """Per worker."""
+    gpus: NonNegative = 0.0
+    """Per worker; fractions share a GPU."""
+    concurrent: int = Field(0, ge=0)
+    """Trials at once; 0 = as many as the cluster holds."""
+    max_failures: int = Field(2, ge=0)
+    """Restarts of a trial whose worker died; a wrong configuration is not tried again."""
+
+
+class TestPlan(Strict):
+    """Stage 2 and the one look at TEST."""
+
+    __test__ = False  # the name is the protocol's; pytest must not collect it
+
+    seeds: Count = 1
+    """Stage-2 runs of the winner, with seeds seed, seed + 1, …"""
+    reseed: Literal["stage2", "pipeline"] = "stage2"
+    """Further seeds repeat stage 2 only, or stage 1 (best epoch, beta, learning rates) as well."""
+    workers: Count = 1
+    """Ray Train workers of a stage-2 run; 1 runs it in this process."""
+
+
+class Tracking(Strict):
+    """Where runs are logged for comparison; results are also kept in the store without MLflow."""
+
+    uri: str = "sqlite:///mlflow.db"
+    """Any MLflow tracking URI, or ``off``."""
+    checkpoints: Literal["all", "winner", "none"] = "all"
+    """Which runs carry their weights as an MLflow artifact."""
+
+
+class Job(Strict):
+    """One experiment file of ``jobs/``: any number of benchmarks times models."""
+
+    name: str
+    store: str = ".avzero/store"
+    benchmarks: list[str] = Field(min_length=1)
+    models: list[str] = Field(min_length=1)
+    protocol: Protocol = Protocol()
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Training settings fixed for every trial; they win over published points and ranges."""
+    fixed: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Per model: hyperparameters fixed for every trial."""
+    search: Search = Search()
+    seed: int = Field(42, ge=0)
+    resources: Resources = Resources()
+    test: TestPlan = TestPlan()
+    tracking: Tracking = Tracking()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", value):
+            raise ValueError("use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a-z or 0-9")
+        return value
+
+    @field_validator("benchmarks", "models")
+    @classmethod
+    def _no_repeats(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("an entry is listed twice")
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _known_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        validated = TrainConfig.model_validate(value)
+        return {key: getattr(validated, key) for key in value}
+
+    @model_validator(mode="after")
+    def _fixed_of_listed(self) -> Job:
+        for model in self.fixed:
+            if model not in self.models:
+                raise ValueError(f"fixed: model {model!r} is not in models")
+        return self
+
+    def frozen_part(self) -> dict[str, Any]:
+        """Return what may not change once the sweep has trials; the rest may be extended."""
+        data = self.model_dump(mode="json")
+        search = {k: v for k, v in data["search"].items() if k not in ("trials", "points")}
+        keep = ("name", "benchmarks", "models", "protocol", "train", "fixed", "seed")
+        return {key: data[key] for key in keep} | {"search": search}
+
+
+class Task(Strict):
+    """One training run, completely described: same task, same result, same identity."""
+
+    benchmark: str
+    """Digest of the benchmark's content."""
+    model: str
+    config: dict[str, Any]
+    """The model's hyperparameters, every one."""
+    train: TrainConfig
+    protocol: Protocol
+    seed: int
+    stage: Literal[1, 2] = 1
+    lr_plan: tuple[float, ...] | None = None
+    """Stage 2 with ``replay``: the learning rate of every epoch."""
+
+    @property
+    def id(self) -> str:
+        """The identity shared by Optuna trial, Ray trial, MLflow run and storage folder."""
+        return identity(self.model_dump(mode="json"))
+
+
+def load_yaml(path: Path) -> Any:
+    """Read a YAML file with the safe loader.
+
+    Raises:
+        UserError: the file is missing, not YAML, or repeats a key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(f"{path}{where}: not valid YAML ({problem})") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key written twice instead of keeping the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 reads 1e-3 as text; people who write learning rates mean a number.
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def validate(model: type[Strict], data: Any, where: str) -> Any:
+    """Return ``data`` as ``model``; the first problem becomes one line that starts ``where``.
+
+    Raises:
+        UserError: unknown key, wrong type, or value out of range.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {describe(error, model)}") from error
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the first problem of a validation error as ``field: what, what to do``."""
+    # A misspelt key shows up twice, as unknown and as missing; the first says more.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, first["loc"][:-1])
+        hint = f"; known keys: {', '.join(known)}" if known else ""
+        return f"unknown key {path!r}{hint}"
+    if first["type"] == "missing":
+        return f"key {path!r} is missing; add it"
+    given = first["input"]
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{path + ': ' if path else ''}{message[0].lower() + message[1:]}{shown}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return the field names of the nested model at ``location``, or nothing."""
+    current: Any = model
+    for part in location:
+        field = current.model_fields.get(part) if isinstance(part, str) else None
+        current = getattr(field, "annotation", None)
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            return []
+    return sorted(current.model_fields)
+
+
+def load_job(path: Path) -> Job:
+    """Read a job file.
+
+    Raises:
+        UserError: anything wrong in it, named by file and key.
+    """
+    data = load_yaml(path)
+    if not isinstance(data, Mapping):
+        raise UserError(f"{path}: expected keys like name, benchmarks and models")
+    return validate(Job, data, str(path))  # type: ignore[no-any-return]

@@ -1,0 +1,234 @@
+"""The one training loop: a generator of epoch records.
+
+It runs unchanged in a single process, inside a Ray Tune trial and on every Ray Train worker; the
+drivers differ only in who consumes the records. Whatever is random is a function of (seed, stage,
+epoch, step), so a run resumed from its folder continues with the same numbers it would have drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from avzero.data.benchmark import Benchmark
+from avzero.errors import UserError
+from avzero.models._contract import Context, Model, trainable
+from avzero.models._layers import Dropout
+from avzero.models._registry import build
+from avzero.protocol.calibration import BOTH, calibrate
+from avzero.protocol.counter import fold, site_keys
+from avzero.protocol.stages import STAGE_1
+from avzero.spec import Task
+from avzero.train.data import EvaluationSet, StageData, nearest
+from avzero.train.folder import RunFolder, State, Tensors
+from avzero.train.records import Epoch, TrainingFailed
+from avzero.train.schedule import Plateau
+from avzero.train.world import TorchWorld
+
+_DROPOUT = 0x44524F50
+
+
+class Trainer:
+    """Model, optimiser and data of one run; ``epochs`` is the loop.
+
+    Args:
+        task: the run.
+        benchmark: open part of the benchmark the task names.
+        folder: where checkpoints go; only rank 0 writes.
+        world: the workers the global batch is split over; None for one.
+        device: where to train.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        benchmark: Benchmark,
+        folder: RunFolder,
+        world: TorchWorld | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if task.train.batch_size % (world.size if world else 1):
+            raise UserError(
+                f"batch_size {task.train.batch_size} cannot be split evenly over "
+                f"{world.size if world else 1} workers; choose a multiple"
+            )
+        self.task = task
+        self.folder = folder
+        self.world = world
+        self.device = torch.device(device)
+        self.data = StageData(benchmark, task.protocol, task.stage, self.device)
+        self.model: Model = build(
+            task.model, dict(task.config), self.data.shapes, task.seed, task.stage
+        ).to(self.device)
+        self.sites = sum(isinstance(m, Dropout) for m in self.model.modules())
+        named = list(trainable(self.model))
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.optimizer = torch.optim.Adam(
+            self.parameters,
+            lr=task.train.lr,
+            betas=(task.train.beta1, task.train.beta2),
+            weight_decay=task.train.weight_decay,
+            fused=self.parameters[0].is_floating_point(),
+        )
+        # Stage 2 with replayed rates has nothing to select on: VAL is part of its training set.
+        self.val: EvaluationSet | None = None
+        if task.lr_plan is None:
+            self.val = self.data.evaluation(benchmark, STAGE_1)
+        self.state = self._resume()
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker writes and evaluates."""
+        return self.world is None or self.world.rank == 0
+
+    def epochs(self) -> Iterator[Epoch]:
+        """Yield every epoch, those of an earlier attempt first (marked ``replayed``).
+
+        Raises:
+            TrainingFailed: a loss term became NaN or infinite.
+        """
+        yield from list(self.state.history)
+        while len(self.state.history) < self.task.train.epochs:
+            yield self._epoch(len(self.state.history))
+        if self.first and not self.state.finished:
+            self.folder.finish(self.state)
+
+    def _epoch(self, epoch: int) -> Epoch:
+        """Train one epoch, evaluate, checkpoint; return its record."""
+        train = self.task.train
+        lr = self._learning_rate(epoch)
+        started = time.perf_counter()
+        losses = self._train(epoch, lr)
+        seconds = time.perf_counter() - started
+        val = self._evaluate()
+        score = val.get("HM", float(epoch))  # without VAL the last epoch is the one to keep
+        best = score > self.state.best_hm
+        if best:
+            self.state.best_epoch, self.state.best_hm = epoch, score
+        if self.state.plateau is not None:
+            self.state.plateau.step(score)
+        record = Epoch(
+            epoch,
+            losses,
+            lr,
+            val,
+            best,
+            round(seconds, 4),
+            round(train.batches_per_epoch * train.batch_size / seconds, 1),
+        )
+        self.state.history.append(record)
+        if self.first:
+            self.folder.save(self.state, self._weights(), self._optimizer_tensors())
+        return record
+
+    def _learning_rate(self, epoch: int) -> float:
+        """Return the epoch's learning rate: replayed, constant, or from the plateau rule."""
+        if self.task.lr_plan is not None:
+            return self.task.lr_plan[epoch]
+        if self.state.plateau is None and self.task.train.schedule == "plateau":
+            train = self.task.train
+            self.state.plateau = Plateau(train.lr, train.patience, train.factor)
+        return self.task.train.lr if self.state.plateau is None else self.state.plateau.lr
+
+    def _train(self, epoch: int, lr: float) -> dict[str, float]:
+        """Run the steps of an epoch; return the mean of every loss term."""
+        task, train = self.task, self.task.train
+        size, rank = (1, 0) if self.world is None else (self.world.size, self.world.rank)
+        steps = train.batches_per_epoch
+        draws = self.data.sampler.epoch(task.seed, task.stage, epoch, steps, train.batch_size)
+        stream = fold(_DROPOUT, task.seed, task.stage, epoch)
+        keys = site_keys(stream, steps, self.sites, self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        log: list[Tensor] = []
+        names: list[str] = []
+        for step in range(steps):
+            context = Context(keys[step], self.world)
+            batch = self.data.batch(draws, step, rank, size)
+            terms = self.model.loss(batch, context)
+            names = names or list(terms)
+            values = torch.stack(list(terms.values()))
+            self.optimizer.zero_grad(set_to_none=True)
+            values.sum().backward()  # type: ignore[no-untyped-call]
+            self._share_gradients()
+            self.optimizer.step()
+            with torch.no_grad():
+                self.model.settle(batch, context)
+            log.append(values.detach())
+        return self._mean_losses(names, torch.stack(log), epoch)
+
+    def _share_gradients(self) -> None:
+        """Average gradients over the workers; a parameter without one gets zeros."""
+        if self.world is None:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.average([p.grad for p in self.parameters if p.grad is not None])
+
+    def _mean_losses(self, names: list[str], log: Tensor, epoch: int) -> dict[str, float]:
+        """Return the mean terms of an epoch from [steps, terms]; refuse what is not finite."""
+        if self.world is not None:
+            self.world.average([log])
+        if not torch.isfinite(log).all():
+            step, term = (~torch.isfinite(log)).nonzero()[0].tolist()
+            raise TrainingFailed(
+                f"loss term {names[term]} is not finite in epoch {epoch}, step {step}; "
+                "lower lr, or standardise the inputs (protocol.input_scaling)"
+            )
+        return dict(zip(names, log.mean(0, dtype=torch.float64).tolist(), strict=True))
+
+    def _evaluate(self) -> dict[str, float]:
+        """Return the VAL scores at the best grid value; rank 0 computes, all workers agree."""
+        if self.val is None:
+            return {}
+        scores: dict[str, float] = {}
+        if self.first:
+            facts, scale = nearest(
+                self.model, self.val, self.data.class_text, self.data.scaling, self.task.protocol
+            )
+            scores = calibrate(facts, self.task.protocol, scale)[1][BOTH].as_dict()
+        return scores if self.world is None else self.world.from_first(scores)
+
+    def _weights(self) -> Tensors:
+        """Return parameters and BatchNorm statistics by name."""
+        return dict(self.model.state_dict())
+
+    def _optimizer_tensors(self) -> Tensors:
+        """Return Adam's moments and step by parameter name."""
+        out: Tensors = {}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for key, value in self.optimizer.state[parameter].items():
+                out[f"{key}/{name}"] = value
+        return out
+
+    def _resume(self) -> State:
+        """Take up the folder's last whole epoch, or start."""
+        if self.first:
+            self.folder.begin()
+        loaded = self.folder.load()
+        if self.world is not None:
+            # Workers may see different states of a folder somebody is still writing: rank 0's
+            # view decides, and its tensors travel with it.
+            loaded = self.world.from_first(loaded)
+        if loaded is None:
+            return State()
+        state, weights, moments = loaded
+        if weights:
+            self.model.load_state_dict(weights)
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                self.optimizer.state[parameter] = {
+                    key: moments[f"{key}/{name}"].to("cpu" if key == "step" else self.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        return state
+
+
+def lr_sequence(history: list[Epoch]) -> tuple[float, ...]:
+    """Return the learning rate of every epoch of a stage-1 run."""
+    return tuple(epoch.lr for epoch in history)

@@ -1,0 +1,181 @@
+"""From finished weights to results: VAL of a stage-1 run, TEST of a stage-2 run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from avzero.data.benchmark import Benchmark, Role
+from avzero.data.store import FeatureStore
+from avzero.errors import UserError
+from avzero.models._contract import Model
+from avzero.models._registry import build
+from avzero.protocol.calibration import BOTH, calibrate
+from avzero.protocol.scoring import Nearest, Scores
+from avzero.protocol.seal import Frozen, open_test
+from avzero.protocol.stages import STAGE_1, STAGE_2
+from avzero.train.data import StageData, evaluation_set, nearest
+from avzero.train.folder import RunFolder, State
+from avzero.train.loop import lr_sequence
+from avzero.train.records import Result
+
+_CPU = torch.device("cpu")
+_CURVE_POINTS = 2048
+
+
+def finished_state(folder: RunFolder) -> State:
+    """Return the state of a finished run.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    state = folder.load_state()
+    if state is None or not state.finished:
+        raise UserError(f"{folder.url}: not finished; run the same command again to go on")
+    return state
+
+
+def load_model(folder: RunFolder, state: State, data: StageData) -> Model:
+    """Return the system with the weights of the best epoch."""
+    task = folder.task
+    model = build(task.model, dict(task.config), data.shapes, task.seed, task.stage)
+    try:
+        model.load_state_dict(folder.best_weights(state))
+    except KeyError as error:
+        raise UserError(
+            f"{folder.url}: weights {error} are missing or damaged; delete the folder and run the "
+            "same command again"
+        ) from error
+    return model.eval()
+
+
+def conclude_stage_1(folder: RunFolder, benchmark: Benchmark) -> tuple[Result, Frozen]:
+    """Calibrate the best weights of a finished stage-1 run on VAL (protocol.md section 5, 3).
+
+    Returns:
+        The VAL result, which is also stored, and the frozen trial.
+    """
+    task = folder.task
+    state = finished_state(folder)
+    data = StageData(benchmark, task.protocol, task.stage, _CPU)
+    model = load_model(folder, state, data)
+    facts, scale = nearest(
+        model, data.evaluation(benchmark, STAGE_1), data.class_text, data.scaling, task.protocol
+    )
+    calibration, scores = calibrate(facts, task.protocol, scale)
+    result = _result(
+        folder, state, model, facts, scores, "val", at_grid_end=calibration.at_grid_end
+    )
+    frozen = Frozen(
+        task, state.best_epoch, lr_sequence(state.history), calibration, scores[BOTH].as_dict()
+    )
+    folder.save_frozen(frozen.as_dict())
+    folder.save_result(result)
+    return result, frozen
+
+
+def score_test(
+    store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: str, revision: str
+) -> Result:
+    """Open TEST once for a finished stage-2 run and score it with the carried beta.
+
+    A run whose TEST result is stored already is not opened again.
+    """
+    stored = folder.load_result("test")
+    if stored is not None:
+        return stored
+    task = folder.task
+    state = finished_state(folder)
+    benchmark = store.open(task.benchmark)
+    data = StageData(benchmark, task.protocol, task.stage, _CPU)
+    model = load_model(folder, state, data)
+    test_scale = _class_scale(model, data)
+    betas = {
+        modality: frozen.calibration.beta(modality, task.protocol, test_scale)
+        for modality in frozen.calibration.betas
+    }
+    test = open_test(store, frozen, task, betas[BOTH], sweep, revision)
+    rows = evaluation_set(test, STAGE_2, data.class_text, _CPU)
+    facts, _ = nearest(model, rows, data.class_text, data.scaling, task.protocol)
+    scores = {modality: facts[modality].at(beta) for modality, beta in betas.items()}
+    extra = _source_disjoint(benchmark, test, facts[BOTH], betas[BOTH])
+    result = _result(
+        folder,
+        state,
+        model,
+        facts,
+        scores,
+        "test",
+        extra=extra,
+        at_grid_end=frozen.calibration.at_grid_end,
+    )
+    folder.save_result(result)
+    return result
+
+
+@torch.no_grad()
+def _class_scale(model: Model, data: StageData) -> float:
+    """Return the class-distance scale of stage 2 (P-03 ``scaled``); uses text only, no TEST row."""
+    classes = data.info.classes
+    seen, unseen = (
+        model.embed_classes(data.class_text[torch.from_numpy(classes.ids(*roles)).long()])
+        for roles in (STAGE_2.seen, STAGE_2.unseen)
+    )
+    return float(torch.cdist(unseen, seen).amin(dim=1).median())
+
+
+def _source_disjoint(
+    benchmark: Benchmark, test: Benchmark, facts: Nearest, beta: float
+) -> dict[str, float]:
+    """Return S over seen test samples whose source video is not in training (P-16)."""
+    train = benchmark.part.samples
+    sources = {train.source_id[i] for i in train.rows(*STAGE_2.train).tolist()}
+    samples = test.part.samples
+    rows = samples.rows(*STAGE_2.evaluate)
+    clean = np.array([samples.source_id[i] not in sources for i in rows.tolist()])
+    seen = samples.role[rows] == Role.TEST_SEEN.code
+    if clean[seen].all() or not clean[seen].any():
+        return {}
+    return {"S_source_disjoint": facts.subset(clean & seen).at(beta).seen}
+
+
+def _result(
+    folder: RunFolder,
+    state: State,
+    model: Model,
+    facts: Mapping[str, Nearest],
+    scores: Mapping[str, Scores],
+    kind: str,
+    *,
+    at_grid_end: bool,
+    extra: dict[str, float] | None = None,
+) -> Result:
+    """Assemble a result record."""
+    curve = facts[BOTH].curve()
+    # A curve for a plot and a table: at most this many points, ends included.
+    points = len(curve.beta)
+    pick = np.unique(np.linspace(0, points - 1, min(points, _CURVE_POINTS)).astype(int))
+    beta = curve.beta.copy()
+    beta[0] = beta[1] - 1.0 if points > 1 else 0.0
+    return Result(
+        task=folder.task.id,
+        stage=folder.task.stage,
+        kind=kind,
+        epoch=state.best_epoch,
+        scores={modality: s.as_dict() for modality, s in scores.items()},
+        area=curve.area,
+        # On TEST the optimum over beta would be a choice made on TEST.
+        exact=curve.best.as_dict() if kind == "val" else {},
+        at_grid_end=at_grid_end,
+        per_class=facts[BOTH].per_class(scores[BOTH].beta).as_dict(),
+        curve={
+            "beta": beta[pick].tolist(),
+            "S": curve.seen[pick].tolist(),
+            "U": curve.unseen[pick].tolist(),
+        },
+        parameters=sum(p.numel() for p in model.parameters()),
+        seconds=sum(epoch.seconds for epoch in state.history),
+        extra=extra or {},
+    )

@@ -1,0 +1,205 @@
+"""Search spaces: ``search_spaces/<model>.yaml`` plus what a job replaces, as Optuna ranges.
+
+Hyperparameters are one flat set of names: training settings (``spec.TrainConfig``) and the
+system's own (its ``Config``). A name that neither knows is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from pydantic import Field
+
+from avzero.data.benchmark import BenchmarkInfo
+from avzero.errors import UserError
+from avzero.models._registry import extra_folders, make_config, model_class
+from avzero.spec import TRAIN_FIELDS, Job, Strict, Task, TrainConfig, load_yaml, validate
+
+Choice = str | bool | int | float
+
+
+class Range(Strict):
+    """One hyperparameter's range; exactly one key."""
+
+    uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    log: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    int_: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(None, alias="int")
+    choice: Annotated[list[Choice], Field(min_length=1)] | None = None
+
+    def distribution(self, where: str) -> BaseDistribution:
+        """Return the Optuna distribution.
+
+        Raises:
+            UserError: none or several keys, or bounds out of order.
+        """
+        given = [key for key in type(self).model_fields if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise UserError(f"{where}: give exactly one of uniform, log, int, choice")
+        try:
+            if self.choice is not None:
+                return CategoricalDistribution(self.choice)
+            if self.int_ is not None:
+                return IntDistribution(self.int_[0], self.int_[1])
+            low, high = self.log or self.uniform or [0.0, 0.0]
+            return FloatDistribution(low, high, log=self.log is not None)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+
+
+class Point(Strict):
+    """A published configuration and where it was published."""
+
+    dataset: str
+    features: str
+    source: str
+    values: dict[str, Any]
+
+
+class SpaceFile(Strict):
+    """A file of ``search_spaces/``."""
+
+    model: str
+    space: dict[str, Range]
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    published: list[Point] = Field(default_factory=list)
+
+
+class Group:
+    """One benchmark and one system of a job: what varies, what is fixed, where to start."""
+
+    def __init__(self, job: Job, benchmark: BenchmarkInfo, model: str) -> None:
+        self.job = job
+        self.benchmark = benchmark
+        self.model = model
+        self.key = f"{benchmark.name}--{model}"
+        file = load_space(model)
+        fixed = dict(job.train) | dict(job.fixed.get(model, {}))
+        ranges = file.space | _job_ranges(job)
+        known = TRAIN_FIELDS | set(model_class(model).Config.model_fields)
+        for name in (*ranges, *fixed, *(k for point in job.search.points for k in point)):
+            if name not in known:
+                raise UserError(
+                    f"job {job.name}: {model} has no hyperparameter {name!r}; "
+                    f"it has {', '.join(sorted(known))}"
+                )
+        self.distributions = {
+            name: range_.distribution(f"search space of {model}: {name}")
+            for name, range_ in ranges.items()
+            if name not in fixed
+        }
+        self.published = _published(file, benchmark)
+        self._base = file.defaults | (self.published.values if self.published else {}) | fixed
+        # Fail on a wrong fixed value now, not in the first trial.
+        self.task({})
+
+    def start_points(self) -> list[dict[str, Any]]:
+        """Return the configurations to try first: the published point, then the job's own."""
+        model_defaults = model_class(self.model).Config.model_validate({}).model_dump()
+        defaults = TrainConfig().model_dump() | model_defaults | self._base
+        first = {name: defaults[name] for name in self.distributions}
+        points = [first]
+        for point in self.job.search.points:
+            points.append(first | {k: v for k, v in point.items() if k in self.distributions})
+        for number, values in enumerate(points):
+            for name, value in values.items():
+                if not _contains(self.distributions[name], value):
+                    raise UserError(
+                        f"job {self.job.name}: start point {number} of {self.key}: {name} = "
+                        f"{value!r} is outside its range; widen search.space.{name} or fix it"
+                    )
+        return points
+
+    def task(self, values: Mapping[str, Any], seed: int | None = None) -> Task:
+        """Return the stage-1 run of a configuration (values of the searched names)."""
+        merged = self._base | dict(values)
+        where = f"job {self.job.name}"
+        train = {k: v for k, v in merged.items() if k in TRAIN_FIELDS}
+        own = {k: v for k, v in merged.items() if k not in TRAIN_FIELDS}
+        config = make_config(self.model, own, self.job.protocol.preset, where)
+        return Task(
+            benchmark=self.benchmark.digest,
+            model=self.model,
+            config=config.model_dump(mode="json"),
+            train=validate(TrainConfig, train, where),
+            protocol=self.job.protocol,
+            seed=self.job.seed if seed is None else seed,
+        )
+
+
+def _job_ranges(job: Job) -> dict[str, Range]:
+    """Return the ranges a job replaces or adds."""
+    return {
+        name: validate(Range, value, f"job {job.name}: search.space.{name}")
+        for name, value in job.search.space.items()
+    }
+
+
+def _published(file: SpaceFile, benchmark: BenchmarkInfo) -> Point | None:
+    """Return the published point for a benchmark's dataset and feature set, if there is one."""
+    for point in file.published:
+        if (point.dataset, point.features) == (benchmark.dataset, benchmark.feature_set):
+            return point
+    return None
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Return whether a value lies in a distribution."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    if isinstance(distribution, FloatDistribution | IntDistribution):
+        return isinstance(value, int | float) and distribution.low <= value <= distribution.high
+    return False
+
+
+def space_folders() -> list[Path]:
+    """Return where search spaces are looked for: the project, the package, ``AVZERO_PATH``."""
+    package = Path(__file__).resolve().parents[1]
+    own = [package.parents[1] / "search_spaces", package / "_search_spaces"]
+    return [*own, *(folder / "search_spaces" for folder in extra_folders())]
+
+
+def load_space(model: str) -> SpaceFile:
+    """Read a system's search space.
+
+    Raises:
+        UserError: there is none, or something in it is wrong.
+    """
+    for folder in space_folders():
+        path = folder / f"{model}.yaml"
+        if path.is_file():
+            file: SpaceFile = validate(SpaceFile, load_yaml(path), str(path))
+            if file.model != model:
+                raise UserError(f"{path}: model is {file.model!r}; the file's name says {model!r}")
+            return file
+    raise UserError(
+        f"no search space {model}.yaml in {', '.join(str(f) for f in space_folders())}; "
+        "a system needs one"
+    )
+
+
+def make_sampler(kind: Literal["tpe", "random"], seed: int) -> optuna.samplers.BaseSampler:
+    """Return the Optuna sampler of a job."""
+    if kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8)
+
+
+def make_pruner(job: Job) -> optuna.pruners.BasePruner:
+    """Return the Optuna pruner of a job; it judges the best VAL HM so far, by epoch."""
+    search = job.search
+    if search.pruner == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=search.min_epochs, reduction_factor=search.reduction
+        )
+    if search.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=search.min_epochs)
+    return optuna.pruners.NopPruner()
