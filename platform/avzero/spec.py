@@ -122,6 +122,8 @@ class TrainConfig(Strict):
     schedule: Literal["plateau", "constant"] = "plateau"
     patience: int = Field(3, ge=0)
     factor: float = Field(0.1, gt=0, lt=1)
+    precision: Literal["float32", "float64"] = "float32"
+    """Of weights and arithmetic; float64 is for checking, twice to four times slower."""
 
 
 TRAIN_FIELDS = frozenset(TrainConfig.model_fields)

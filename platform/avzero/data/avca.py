@@ -115,20 +115,10 @@ def read_avca(
     Raises:
         UserError: anything a person must correct in the files or the arguments.
     """
-    options = options or ReadOptions()
-    if options.nonfinite not in ("fail", "drop", "zero"):
-        raise UserError(f"nonfinite {options.nonfinite!r}: choose fail, drop or zero")
-    root = root.resolve()
+    reading = _start(root.resolve(), features, split, options or ReadOptions(), progress)
+    root, table = reading.root, reading.table
     split_root = root / "class-split"
-    if not split_root.is_dir():
-        raise UserError(
-            f"{root}: no folder class-split; give the root of one dataset (…/UCF), "
-            "with class-split/ and features/ below it"
-        )
-    feature_root = _feature_folder(root, features)
     short_split = split.removesuffix("_split")
-    table = read_classes(split_root, f"{short_split}_split")
-    reading = _Reading(root, feature_root, table, options, progress)
     listed = {
         role: read_sample_list(split_root / f"{short_split}_split" / f"{stem}.csv", table)
         for role, stem in FOLDER_OF_ROLE.items()
@@ -138,11 +128,12 @@ def read_avca(
     open_part = _load_part(reading, {role: blocks[role] for role in OPEN_ROLES}, listed)
     test_part = _load_part(reading, {role: blocks[role] for role in TEST_ROLES}, listed)
     _check_stage_2_train(reading, open_part)
-    text_files = dict(reading.options.text) or find_text_files(feature_root)
+    open_part, test_part = (_handle_nonfinite(reading, part) for part in (open_part, test_part))
+    text_files = dict(reading.options.text) or find_text_files(reading.feature_root)
     text = read_text_sets(text_files, split_root, table)
     for path in text_files.values():
         reading.hash_source(path)
-    short_features = feature_root.name.removesuffix("_features")
+    short_features = reading.feature_root.name.removesuffix("_features")
     raw = RawBenchmark(
         name=name or _default_name(root, short_features, short_split),
         dataset=root.name,
@@ -157,6 +148,23 @@ def read_avca(
     _check_official(raw)
     audit = make_audit(raw, reading.sources, reading.notes, reading.nonfinite)
     return RawBenchmark(**{**raw.__dict__, "audit": audit})
+
+
+def _start(
+    root: Path, features: str, split: str, options: ReadOptions, progress: Progress
+) -> _Reading:
+    """Check the arguments and the class lists before any feature file is opened."""
+    if options.nonfinite not in ("fail", "drop", "zero"):
+        raise UserError(f"nonfinite {options.nonfinite!r}: choose fail, drop or zero")
+    split_root = root / "class-split"
+    if not split_root.is_dir():
+        raise UserError(
+            f"{root}: no folder class-split; give the root of one dataset (…/UCF), "
+            "with class-split/ and features/ below it"
+        )
+    feature_root = _feature_folder(root, features)
+    table = read_classes(split_root, f"{split.removesuffix('_split')}_split")
+    return _Reading(root, feature_root, table, options, progress)
 
 
 def _default_name(root: Path, features: str, split: str) -> str:
@@ -307,8 +315,7 @@ def _load_part(
             arrays[modality][at : at + len(rows)] = rows[block.order[modality]]
             reading.hash_source(block.files[modality])
             at += len(rows)
-    samples = _samples_table(reading, flat, listed)
-    return _handle_nonfinite(reading, Part(samples, arrays))
+    return Part(_samples_table(reading, flat, listed), arrays)
 
 
 def _samples_table(
@@ -406,21 +413,20 @@ def _check_stage_2_train(reading: _Reading, part: Part) -> None:
         for done, (_, path) in enumerate(sorted(files.items())):
             reading.progress(f"{modality} {STAGE_2_TRAIN}", done, len(files))
             names, data = row_names(path), read_features(path)
-            # A row dropped for NaN has no stage-1 row left to be compared with.
-            rows = [(i, row_of[name]) for i, name in enumerate(names) if name in row_of]
-            if len(rows) != len(names) and reading.options.nonfinite != "drop":
-                stranger = next(name for name in names if name not in row_of)
-                raise UserError(f"{path}: video {stranger!r} is in none of the stage_1 folders")
-            mine = data[[i for i, _ in rows]]
-            theirs = part.features[modality][[row for _, row in rows]]
-            differs = ~((mine == theirs) | ~np.isfinite(mine)).all(axis=1)
-            if differs.any():
-                name = names[rows[int(np.argmax(differs))][0]]
+            strangers = [name for name in names if name not in row_of]
+            if strangers:
                 raise UserError(
-                    f"{path}: the {modality} row of {name!r} differs from its stage_1 copy; "
+                    f"{path}: video {strangers[0]!r} is in none of the stage_1 folders; "
                     "the release is inconsistent, get it again"
                 )
-            found += len(rows)
+            theirs = part.features[modality][[row_of[name] for name in names]]
+            differs = ~((data == theirs) | (np.isnan(data) & np.isnan(theirs))).all(axis=1)
+            if differs.any():
+                raise UserError(
+                    f"{path}: the {modality} row of {names[int(np.argmax(differs))]!r} differs "
+                    "from its stage_1 copy; the release is inconsistent, get it again"
+                )
+            found += len(names)
     if found != len(MODALITIES) * len(row_of):
         reading.notes.append(f"{STAGE_2_TRAIN} holds {found // 2} of {len(row_of)} stage-1 rows")
 

@@ -75,7 +75,7 @@ class NodeCache:
                 features[modality] = array
             with pa.memory_map(str(folder / "samples.arrow")) as source:
                 samples = samples_from_table(pa.ipc.open_file(source).read_all())
-        except (FileNotFoundError, ValueError, pa.ArrowInvalid):
+        except (FileNotFoundError, KeyError, ValueError, pa.ArrowInvalid):
             return None
         return Part(samples, features) if len(samples) == rows else None
 

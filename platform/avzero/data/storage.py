@@ -142,7 +142,7 @@ class LocalStorage:
 
     def keys(self, prefix: str) -> list[str]:
         """Return the sorted keys that start with ``prefix``."""
-        folder = self._path(prefix) if prefix.endswith("/") else self._path(prefix).parent
+        folder = self._path(prefix.rpartition("/")[0])
         found = (
             path.relative_to(self.root).as_posix()
             for path in (folder.rglob("*") if folder.is_dir() else ())

@@ -32,7 +32,7 @@ from avzero.data.benchmark import (
 from avzero.data.cache import NodeCache
 from avzero.data.columns import read_vectors, write_part, write_vectors
 from avzero.data.ledger import Opening, read_openings, record_opening
-from avzero.data.storage import Storage, open_storage, require_space
+from avzero.data.storage import Storage, disk_errors, open_storage, require_space
 from avzero.errors import UserError
 
 SCHEMA = 1
@@ -64,14 +64,13 @@ class FeatureStore:
         scratch_at = self.storage.local_path("blobs")
         if scratch_at is not None:
             require_space(scratch_at, _raw_bytes(raw))
-            try:
+            with disk_errors(scratch_at):
                 scratch_at.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"{scratch_at}: cannot be written ({error.strerror}); choose another --store"
-                ) from error
         # Scratch beside a local store, so that a finished file is renamed, not copied.
-        with tempfile.TemporaryDirectory(dir=scratch_at, prefix=".tmp-") as scratch:
+        with (
+            tempfile.TemporaryDirectory(dir=scratch_at, prefix=".tmp-") as scratch,
+            disk_errors(Path(scratch)),
+        ):
             parts = {
                 name: self._put_part(Path(scratch), name, part, contents[name], progress)
                 for name, part in (("open", raw.open), ("test", raw.test))

@@ -36,7 +36,7 @@ class World(Protocol):
 class Context(NamedTuple):
     """What a training step hands to the layers besides the batch.
 
-    ``keys``: int32 [sites], this step's random key of every dropout site. ``world``: the workers
+    ``keys``: int32 [sites, 2], this step's random keys of every dropout site. ``world``: the workers
     the batch is split over, None for one.
     """
 
@@ -129,8 +129,11 @@ class Model(nn.Module, ABC):
 
 
 def scalar(module: nn.Module, name: str, value: float) -> None:
-    """Register a continuous hyperparameter as a 0-d buffer that checkpoints leave out."""
-    module.register_buffer(name, torch.tensor(float(value)), persistent=False)
+    """Register a continuous hyperparameter as a 0-d buffer that checkpoints leave out.
+
+    It is float64 until the model is moved to its precision: 0.1 must not become 0.10000000149.
+    """
+    module.register_buffer(name, torch.tensor(value, dtype=torch.float64), persistent=False)
 
 
 def trainable(model: Model) -> Iterable[tuple[str, nn.Parameter]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avzero.models._contract import Context, scalar
-from avzero.protocol.counter import keep_mask
+from avzero.protocol.counter import dropout_mask
 
 
 class Dropout(nn.Module):
@@ -35,8 +35,8 @@ class Dropout(nn.Module):
             return x
         size, rank = (1, 0) if context.world is None else (context.world.size, context.world.rank)
         count = x.numel()
-        mask = keep_mask(context.keys[self.site], x.shape, self.p, rank * count, size * count)
-        return x * (mask * (1 / (1 - self.p)))
+        mask = dropout_mask(context.keys[self.site], x.shape, self.p, rank * count, size * count)
+        return x * mask.to(x.dtype)
 
 
 def number_sites(model: nn.Module) -> int:
@@ -101,10 +101,9 @@ class BatchNorm(nn.Module):
     def _track(self, mean: Tensor, var: Tensor, groups: int) -> None:
         """Move the running statistics towards those of each group, in order."""
         width = self.running_mean.shape[0]
-        for group in range(groups):
-            piece = slice(group * width, (group + 1) * width)
-            self.running_mean.lerp_(mean[piece], self.momentum)
-            self.running_var.lerp_(var[piece], self.momentum)
+        for running, values in ((self.running_mean, mean), (self.running_var, var)):
+            for group in values.view(groups, width).unbind(0):
+                running.add_((group - running) * self.momentum)
 
 
 class MLP(nn.Module):

@@ -22,7 +22,7 @@ from avzero.errors import UserError
 from avzero.models._contract import Model, ModelConfig, Shapes
 from avzero.models._layers import number_sites
 from avzero.protocol.counter import fold
-from avzero.spec import Preset, describe
+from avzero.spec import Preset, Task, describe
 
 _INITIALISATION = 0x494E4954
 
@@ -106,15 +106,15 @@ def make_config(name: str, values: dict[str, object], preset: Preset, where: str
         raise UserError(f"{where}: {name}: {describe(error, cls.Config)}") from error
 
 
-def build(name: str, config: dict[str, object], shapes: Shapes, seed: int, stage: int) -> Model:
-    """Build a system with the framework's default initialisation, drawn from its own stream.
+def build(task: Task, shapes: Shapes) -> Model:
+    """Build a task's system with the framework's default initialisation, in its precision.
 
     The weights depend on (seed, stage) only, not on what was built before or how many workers
     build it.
     """
-    cls = model_class(name)
+    cls = model_class(task.model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(_INITIALISATION, seed, stage) >> 1)
-        model = cls(cls.Config.model_validate(config), shapes)
+        torch.manual_seed(fold(_INITIALISATION, task.seed, task.stage) >> 1)
+        model = cls(cls.Config.model_validate(task.config), shapes)
     number_sites(model)
-    return model
+    return model.to(getattr(torch, task.train.precision))

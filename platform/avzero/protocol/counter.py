@@ -72,14 +72,11 @@ def uniform_below(key: int, counters: Tensor, bound: Tensor | int) -> Tensor:
 
 
 def site_keys(key: int, steps: int, sites: int, device: torch.device) -> Tensor:
-    """Return int32 keys [steps, sites]: one per dropout site and step of an epoch."""
-    counters = torch.arange(steps * max(sites, 1), dtype=torch.int64, device=device)
+    """Return int32 keys [steps, sites, 2]: two per dropout site and step of an epoch."""
+    sites = max(sites, 1)
+    counters = torch.arange(steps * sites * 2, dtype=torch.int64, device=device)
     bits = mix64(mix64(counters) ^ _signed64(key))
-    return (bits >> 32).to(torch.int32).view(steps, max(sites, 1))
-
-
-_M1 = _signed32(0x7FEB352D)
-_M2 = _signed32(0x846CA68B)
+    return (bits >> 32).to(torch.int32).view(steps, sites, 2)
 
 
 @functools.lru_cache(maxsize=8)
@@ -91,22 +88,30 @@ def _lattice(size: int, device: torch.device) -> Tensor:
     return (x ^ (x >> 15)).to(torch.int32)
 
 
-def keep_mask(
+def dropout_mask(
     key: Tensor, shape: torch.Size, probability: Tensor, first: int, total: int
 ) -> Tensor:
-    """Return a boolean mask of ``shape`` that is true with probability 1 - p.
+    """Return a float32 mask of ``shape``: 0 with probability p, else 1 / (1 - p).
+
+    Integer arithmetic in place, without a boolean in between: several times cheaper than the
+    framework's dropout on a CPU (docs/experiments.md, "dropout"). The key both shifts and
+    multiplies: with a fixed multiplier some pairs of steps got correlated masks.
 
     Args:
-        key: 0-d int32, the site's key in this step.
+        key: int32 [2], the site's keys in this step.
         shape: shape of the values to mask.
-        probability: 0-d float, the probability of false.
+        probability: 0-d float32, the probability p of 0.
         first: number of the first element in the global batch (0 with one worker).
         total: number of elements of the global batch, so that workers share one lattice.
     """
     count = shape.numel()
-    x = _lattice(total, key.device)[first : first + count].view(shape) ^ key
-    x = x * _M1
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * _M2
-    # Signed comparison: the threshold is p scaled to the int32 range.
-    threshold = (probability.to(torch.float64) * 2.0**32 - 2.0**31).clamp(max=2.0**31 - 1)
-    return x >= threshold.to(torch.int32)
+    x = _lattice(total, key.device)[first : first + count].view(shape) + key[0]
+    x ^= x >> 15
+    x *= key[1] | 1
+    # Halved, so that the difference to the threshold 1 - p cannot overflow; its sign bit, spread
+    # over the word, then selects the bits of 1 / (1 - p).
+    x >>= 1
+    x -= ((1 - probability.to(torch.float64)) * 2.0**31 - 2.0**30).to(torch.int32)
+    x >>= 31
+    x &= (1 / (1 - probability)).to(torch.float32).view(torch.int32)
+    return x.view(torch.float32)

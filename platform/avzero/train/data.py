@@ -15,7 +15,7 @@ from avzero.models._contract import Batch, Model, Shapes
 from avzero.protocol.sampling import ClassUniformSampler, Draws
 from avzero.protocol.scoring import Nearest
 from avzero.protocol.stages import STAGES, Stage
-from avzero.spec import Protocol
+from avzero.spec import Protocol, Task
 
 _ROWS = 4096
 """Rows embedded at once in evaluation."""
@@ -28,9 +28,11 @@ class Scaling:
     shift: Mapping[str, Tensor]
     scale: Mapping[str, Tensor]
     unit_norm: bool
+    dtype: torch.dtype
 
     def apply(self, modality: str, rows: Tensor) -> Tensor:
-        """Return scaled rows [..., d]."""
+        """Return scaled rows [..., d] in the run's precision."""
+        rows = rows.to(self.dtype)
         if self.unit_norm:
             return torch.nn.functional.normalize(rows, dim=-1)
         if modality in self.shift:
@@ -61,18 +63,18 @@ class StageData:
 
     Args:
         benchmark: the open part.
-        protocol: text set, alignment and scaling.
-        stage: 1 or 2.
+        task: gives the stage, the precision, and text set, alignment and scaling.
         device: where to train.
     """
 
-    def __init__(
-        self, benchmark: Benchmark, protocol: Protocol, stage: int, device: torch.device
-    ) -> None:
+    def __init__(self, benchmark: Benchmark, task: Task, device: torch.device) -> None:
+        protocol, stage = task.protocol, task.stage
         self.info = benchmark.info
         self.stage = STAGES[stage]
         self.device = device
-        self.class_text = class_text(benchmark.info, protocol, device)
+        self.dtype: torch.dtype = getattr(torch, task.train.precision)
+        vectors = benchmark.info.class_vectors(protocol.text, protocol.text_alignment)
+        self.class_text = torch.from_numpy(vectors).to(device, self.dtype)
         self.features = _tensors(benchmark.part, device)
         samples = benchmark.part.samples
         rows = samples.rows(*self.stage.train)
@@ -84,7 +86,7 @@ class StageData:
         )
         self.train_text = self.class_text[self.sampler.classes]
         _require_text(self.train_text, self.sampler.classes, self.info)
-        self.scaling = _fit_scaling(self.features, rows, protocol)
+        self.scaling = _fit_scaling(self.features, rows, protocol, self.dtype)
 
     @property
     def shapes(self) -> Shapes:
@@ -107,12 +109,6 @@ class StageData:
     def evaluation(self, benchmark: Benchmark, stage: Stage) -> EvaluationSet:
         """Return the evaluation set of ``stage`` (VAL or TEST) from a benchmark part."""
         return evaluation_set(benchmark, stage, self.class_text, self.device)
-
-
-def class_text(info: BenchmarkInfo, protocol: Protocol, device: torch.device) -> Tensor:
-    """Return class text vectors [C, t], row = class id, NaN where a class has none."""
-    vectors = info.class_vectors(protocol.text, protocol.text_alignment)
-    return torch.from_numpy(vectors).to(device)
 
 
 def evaluation_set(
@@ -188,10 +184,12 @@ def _require_text(vectors: Tensor, ids: Tensor, info: BenchmarkInfo) -> None:
         )
 
 
-def _fit_scaling(features: Mapping[str, Tensor], rows: np.ndarray, protocol: Protocol) -> Scaling:
+def _fit_scaling(
+    features: Mapping[str, Tensor], rows: np.ndarray, protocol: Protocol, dtype: torch.dtype
+) -> Scaling:
     """Fit input scaling on the training rows of the stage only."""
     if protocol.input_scaling != "standard":
-        return Scaling({}, {}, protocol.input_scaling == "l2")
+        return Scaling({}, {}, protocol.input_scaling == "l2", dtype)
     shift, scale = {}, {}
     for modality, table in features.items():
         index = torch.from_numpy(rows).to(table.device)
@@ -203,7 +201,7 @@ def _fit_scaling(features: Mapping[str, Tensor], rows: np.ndarray, protocol: Pro
             square += block.square().sum(0)
         mean = total / len(index)
         std = (square / len(index) - mean.square()).clamp_min(0).sqrt()
-        shift[modality] = mean.to(table.dtype)
+        shift[modality] = mean.to(dtype)
         # A constant dimension carries nothing; dividing by 1 leaves it at zero.
-        scale[modality] = torch.where(std < 1e-6, torch.ones_like(std), std).to(table.dtype)
-    return Scaling(shift, scale, False)
+        scale[modality] = torch.where(std < 1e-6, torch.ones_like(std), std).to(dtype)
+    return Scaling(shift, scale, False, dtype)

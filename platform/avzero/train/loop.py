@@ -59,10 +59,8 @@ class Trainer:
         self.folder = folder
         self.world = world
         self.device = torch.device(device)
-        self.data = StageData(benchmark, task.protocol, task.stage, self.device)
-        self.model: Model = build(
-            task.model, dict(task.config), self.data.shapes, task.seed, task.stage
-        ).to(self.device)
+        self.data = StageData(benchmark, task, self.device)
+        self.model: Model = build(task, self.data.shapes).to(self.device)
         self.sites = sum(isinstance(m, Dropout) for m in self.model.modules())
         named = list(trainable(self.model))
         self.names = [name for name, _ in named]
@@ -72,7 +70,7 @@ class Trainer:
             lr=task.train.lr,
             betas=(task.train.beta1, task.train.beta2),
             weight_decay=task.train.weight_decay,
-            fused=self.parameters[0].is_floating_point(),
+            fused=True,
         )
         # Stage 2 with replayed rates has nothing to select on: VAL is part of its training set.
         self.val: EvaluationSet | None = None

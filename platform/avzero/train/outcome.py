@@ -40,7 +40,7 @@ def finished_state(folder: RunFolder) -> State:
 def load_model(folder: RunFolder, state: State, data: StageData) -> Model:
     """Return the system with the weights of the best epoch."""
     task = folder.task
-    model = build(task.model, dict(task.config), data.shapes, task.seed, task.stage)
+    model = build(task, data.shapes)
     try:
         model.load_state_dict(folder.best_weights(state))
     except KeyError as error:
@@ -59,7 +59,7 @@ def conclude_stage_1(folder: RunFolder, benchmark: Benchmark) -> tuple[Result, F
     """
     task = folder.task
     state = finished_state(folder)
-    data = StageData(benchmark, task.protocol, task.stage, _CPU)
+    data = StageData(benchmark, task, _CPU)
     model = load_model(folder, state, data)
     facts, scale = nearest(
         model, data.evaluation(benchmark, STAGE_1), data.class_text, data.scaling, task.protocol
@@ -89,7 +89,7 @@ def score_test(
     task = folder.task
     state = finished_state(folder)
     benchmark = store.open(task.benchmark)
-    data = StageData(benchmark, task.protocol, task.stage, _CPU)
+    data = StageData(benchmark, task, _CPU)
     model = load_model(folder, state, data)
     test_scale = _class_scale(model, data)
     betas = {

@@ -1,0 +1,102 @@
+"""Fixtures shared by all tests; the environment is set here, before anything is imported."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Explicit choices: without them Ray, MLflow and the AWS SDK behave as the machine happens to be.
+_SCRATCH = tempfile.mkdtemp(prefix="avzero-tests-")
+os.environ.update(
+    {
+        "AVZERO_CACHE": f"{_SCRATCH}/cache",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+)
+os.environ.pop("AVZERO_STORE", None)
+os.environ.pop("AVZERO_PATH", None)
+
+import pytest
+import torch
+
+from avzero.data.avca import read_avca
+from avzero.data.benchmark import Benchmark
+from avzero.data.simulate import simulate
+from avzero.data.store import FeatureStore
+from avzero.models._registry import make_config
+from avzero.spec import Preset, Protocol, Task, TrainConfig
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+SMALL_AVCA = {"encoder_hidden": 32, "proj_hidden": 32}
+"""Hyperparameters that make AVCA train in milliseconds."""
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data and specifications; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: real data is not part of the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny simulated release; copy it before changing it."""
+    return simulate(tmp_path_factory.mktemp("release") / "TINY", "tiny")
+
+
+@pytest.fixture(scope="session")
+def store(release: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """A store that holds the tiny benchmark as ``tiny``; tests may add runs, not change it."""
+    target = FeatureStore(str(tmp_path_factory.mktemp("store")))
+    target.put(read_avca(release, "tiny", "main", name="tiny"))
+    return target
+
+
+@pytest.fixture(scope="session")
+def benchmark(store: FeatureStore) -> Benchmark:
+    """The open part of the tiny benchmark."""
+    return store.open("tiny")
+
+
+def make_task(benchmark: Benchmark, model: str = "avca", **changes: object) -> Task:
+    """Return a task that trains in well under a second."""
+    values = dict(SMALL_AVCA) if model == "avca" else {}
+    values |= changes.pop("config", {})  # type: ignore[arg-type,assignment]
+    protocol = changes.pop("protocol", Protocol())
+    train = {"epochs": 3, "batches_per_epoch": 4, "batch_size": 16}
+    train |= changes.pop("train", {})  # type: ignore[arg-type,assignment]
+    config = make_config(model, values, Preset.PAPER, "test")
+    fields: dict[str, object] = {
+        "benchmark": benchmark.info.digest,
+        "model": model,
+        "config": config.model_dump(mode="json"),
+        "train": TrainConfig.model_validate(train),
+        "protocol": protocol,
+        "seed": 7,
+    }
+    return Task.model_validate(fields | changes)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One local Ray cluster for all tests that need one."""
+    from avzero.cluster.connect import ray_cluster
+
+    with ray_cluster():
+        yield

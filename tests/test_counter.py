@@ -1,0 +1,88 @@
+"""Counter-based random numbers: reproducible, uniform, uncorrelated, independent of splitting."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from avzero.protocol.counter import dropout_mask, fold, mix64, mix64_int, site_keys, uniform_below
+
+CPU = torch.device("cpu")
+
+
+def kept(key: torch.Tensor, size: int, p: float) -> torch.Tensor:
+    return dropout_mask(key, torch.Size([size]), torch.tensor(p), 0, size) > 0
+
+
+def test_tensor_and_integer_hash_agree() -> None:
+    values = [0, 1, 2**31, 2**63 - 1, -1, -(2**63)]
+    expected = [mix64_int(value & (2**64 - 1)) for value in values]
+    got = mix64(torch.tensor(values, dtype=torch.int64))
+    assert [value & (2**64 - 1) for value in got.tolist()] == expected
+
+
+def test_reference_value_of_splitmix64() -> None:
+    """First output of SplitMix64 seeded with 0 (Vigna's published test value)."""
+    assert mix64_int(0) == 0xE220A8397B1DCDAF
+
+
+def test_fold_depends_on_every_part_and_order() -> None:
+    keys = {fold(*parts) for parts in itertools.permutations((1, 2, 3, 0))} | {fold(1, 2)}
+    assert len(keys) == 25
+
+
+def test_uniform_below_is_uniform() -> None:
+    draws = uniform_below(fold(3, 1), torch.arange(210_000), 21)
+    counts = torch.bincount(draws, minlength=21).double()
+    chi2 = ((counts - 10_000) ** 2 / 10_000).sum()
+    assert draws.min() == 0 and draws.max() == 20
+    assert chi2 < 45.3  # 99.9 % quantile with 20 degrees of freedom
+
+
+def test_mask_has_its_rate_and_scale() -> None:
+    keys = site_keys(fold(1), 8, 3, CPU)
+    for p in (0.05, 0.3, 0.5, 0.9):
+        mask = dropout_mask(keys[0, 0], torch.Size([1 << 20]), torch.tensor(p), 0, 1 << 20)
+        rate = (mask > 0).double().mean().item()
+        assert abs(rate - (1 - p)) < 4 * (p * (1 - p) / 2**20) ** 0.5
+        assert set(mask.unique().tolist()) == {0.0, (1 / (1 - torch.tensor(p))).item()}
+
+
+def test_masks_of_steps_and_sites_are_uncorrelated() -> None:
+    """With one fixed multiplier some pairs of keys gave correlations of 20 standard errors."""
+    size, steps = 1 << 16, 150
+    keys = site_keys(fold(5), steps, 2, CPU).view(-1, 2)
+    masks = torch.stack([kept(key, size, 0.3) for key in keys]).float()
+    masks = (masks - 0.7) / 0.21**0.5
+    correlation = masks @ masks.T / size * size**0.5  # in standard errors
+    pairs = correlation[torch.triu(torch.ones_like(correlation), 1) > 0]
+    assert abs(pairs.std() - 1) < 0.03 and pairs.abs().max() < 5.5
+
+
+def test_neighbouring_elements_are_uncorrelated() -> None:
+    keys = site_keys(fold(6), 600, 1, CPU)[:, 0]
+    masks = torch.stack([kept(key, 512, 0.5) for key in keys]).float() * 2 - 1
+    correlation = masks.T @ masks / 600 * 600**0.5
+    pairs = correlation[torch.triu(torch.ones_like(correlation), 1) > 0]
+    assert abs(pairs.std() - 1) < 0.03 and pairs.abs().max() < 6
+
+
+def test_workers_share_one_lattice() -> None:
+    key = site_keys(fold(2), 1, 1, CPU)[0, 0]
+    p = torch.tensor(0.4)
+    whole = dropout_mask(key, torch.Size([8, 5]), p, 0, 40)
+    halves = [dropout_mask(key, torch.Size([4, 5]), p, rank * 20, 40) for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat(halves), whole, rtol=0, atol=0)
+
+
+def test_masks_can_be_stacked() -> None:
+    """Under vmap every slot has its own keys and rate, and gets the bits it would get alone."""
+    keys = site_keys(fold(4), 3, 1, CPU)[:, 0]
+    rates = torch.tensor([0.1, 0.5, 0.8])
+    shape = torch.Size([64])
+    alone = torch.stack(
+        [dropout_mask(k, shape, p, 0, 64) for k, p in zip(keys, rates, strict=True)]
+    )
+    stacked = torch.vmap(lambda k, p: dropout_mask(k, shape, p, 0, 64))(keys, rates)
+    torch.testing.assert_close(stacked, alone, rtol=0, atol=0)

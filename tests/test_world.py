@@ -1,0 +1,101 @@
+"""One run split over workers: a real gloo group of two processes against one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from avzero.data.benchmark import Benchmark
+from avzero.data.store import FeatureStore
+from avzero.spec import Task
+from avzero.train.folder import RunFolder
+from avzero.train.loop import Trainer
+from avzero.train.world import global_world
+from tests.conftest import make_task
+
+NO_DROPOUT = {"r_enc": 0.0, "r_proj": 0.0, "r_add": 0.0}
+
+
+def run(rank: int, size: int, port: int, url: str, task_json: str, out: str) -> None:
+    """Train a task on one of ``size`` workers; every step is an epoch, so every loss is kept."""
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            RANK=str(rank),
+            WORLD_SIZE=str(size),
+            GLOO_SOCKET_IFNAME="lo",
+        )
+        torch.distributed.init_process_group("gloo")
+    store = FeatureStore(url)
+    task = Task.model_validate_json(task_json)
+    folder = RunFolder(store.storage, task)
+    folder.prefix += f"-{size}"
+    trainer = Trainer(task, store.open(task.benchmark), folder, global_world())
+    records = [(e.losses, e.val, e.lr) for e in trainer.epochs()]
+    torch.save((records, trainer.model.state_dict()), f"{out}.{size}.{rank}")
+
+
+def both(task: Task, store: FeatureStore, tmp_path: Path) -> list[tuple[list, dict]]:
+    """Return (records, state) of one worker, and of each of two."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = str(tmp_path / "run")
+    for size in (1, 2):
+        arguments = (size, port, store.storage.url, task.model_dump_json(), out)
+        mp.spawn(run, arguments, nprocs=size)  # type: ignore[no-untyped-call]
+    return [torch.load(f"{out}.{size}.{rank}") for size, rank in ((1, 0), (2, 0), (2, 1))]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_two_workers_give_the_losses_of_one(
+    benchmark: Benchmark, store: FeatureStore, tmp_path: Path, dropout: bool
+) -> None:
+    """20 steps, each an epoch of one batch: same losses, scores and learning rates.
+
+    In float64, because in float32 rounding differences grow chaotically through ReLU and Adam
+    whatever the number of workers; docs/experiments.md has the measurement.
+    """
+    task = make_task(
+        benchmark,
+        seed=5001 + dropout,
+        config={} if dropout else NO_DROPOUT,
+        train={
+            "epochs": 20,
+            "batches_per_epoch": 1,
+            "batch_size": 32,
+            "precision": "float64",
+            "weight_decay": 1e-5,
+        },
+    )
+    (one, state), (two, state_0), (other, state_1) = both(task, store, tmp_path)
+    for (losses, val, lr), (losses_2, val_2, lr_2) in zip(one, two, strict=True):
+        assert losses_2 == pytest.approx(losses, rel=1e-5)
+        assert val_2 == pytest.approx(val) and lr_2 == lr
+    assert two == other, "all workers agree on losses, scores and rates"
+    for key, value in state_0.items():
+        assert torch.equal(value, state_1[key]), f"{key} differs between the workers"
+        # Biases before a BatchNorm have zero gradient: Adam turns their rounding noise into steps.
+        if not key.endswith(("fc.0.bias", "fc.4.bias", "net.3.bias", "running_mean")):
+            torch.testing.assert_close(value, state[key], rtol=1e-5, atol=1e-7)
+
+
+def test_float32_agrees_until_rounding_grows(
+    benchmark: Benchmark, store: FeatureStore, tmp_path: Path
+) -> None:
+    task = make_task(
+        benchmark,
+        seed=5003,
+        config=NO_DROPOUT,
+        train={"epochs": 3, "batches_per_epoch": 1, "batch_size": 32},
+    )
+    (one, _), (two, _), _ = both(task, store, tmp_path)
+    assert two[0][0] == pytest.approx(one[0][0], rel=1e-5)
+    assert sum(two[2][0].values()) == pytest.approx(sum(one[2][0].values()), rel=1e-2)
