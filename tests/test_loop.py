@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,7 +206,7 @@ def test_compat_stage_2_steps_on_val(benchmark: Benchmark, store: FeatureStore) 
 
 
 def test_killed_at_random_moments_equals_undisturbed(
-    benchmark: Benchmark, store: FeatureStore, tmp_path: Path
+    benchmark: Benchmark, store: FeatureStore
 ) -> None:
     """A real process is killed with SIGKILL again and again; the result is the same bit for bit."""
     task = make_task(benchmark, seed=4001, train={"epochs": 8, "batches_per_epoch": 12})
@@ -228,20 +226,13 @@ def test_killed_at_random_moments_equals_undisturbed(
     )
     arguments = [sys.executable, "-c", code, store.storage.url, task.model_dump_json()]
     random.seed(5)
-    kills = 0
-    for _ in range(30):
+    for _ in range(4):
         process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         time.sleep(random.uniform(0.0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
-        state = RunFolder(store.storage, task).load_state()
-        if kills >= 4 and state is not None and state.finished:
-            break
-        if kills >= 4:
-            subprocess.run(arguments, check=True, capture_output=True, env=os.environ)
-            break
+    subprocess.run(arguments, check=True, capture_output=True)
     folder = RunFolder(store.storage, task)
     state, undisturbed = folder.load_state(), reference.load_state()
     assert state is not None and undisturbed is not None and state.finished

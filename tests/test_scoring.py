@@ -1,4 +1,4 @@
-"""Scoring: the one-pass rule against its definition, the invariants, and the reference's numbers."""
+"""Scoring: the one-pass rule against its definition, the invariants, the reference's numbers."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ class World(Protocol):
 class Context(NamedTuple):
     """What a training step hands to the layers besides the batch.
 
-    ``keys``: int32 [sites, 2], this step's random keys of every dropout site. ``world``: the workers
-    the batch is split over, None for one.
+    ``keys``: int32 [sites, 2], this step's random keys of every dropout site. ``world``: the
+    workers the batch is split over, None for one.
     """
 
     keys: Tensor
