@@ -54,7 +54,8 @@ def options(
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    # Into a file or a pipe nothing is cut off: a line may be as long as it needs.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _progress(console: Console) -> Progress:
@@ -344,7 +345,7 @@ def test_command(
     with ray_cluster(address) if job.test.workers > 1 else nullcontext():
         for _ in run_final(run, listeners):
             pass
-    console.print(render(leaderboard(run.store.storage, [job.name])))
+    console.print(render(leaderboard(run.store.storage, [job.name]), console.width))
 
 
 @app.command()
@@ -360,7 +361,8 @@ def report(
     rows = leaderboard(storage, sweeps or sweep_names(storage))
     if not rows:
         raise UserError(f"{store}: no TEST results yet; run avzero sweep, then avzero test")
-    _console().print(render(rows))
+    console = _console()
+    console.print(render(rows, console.width))
 
 
 def main() -> None:

@@ -124,15 +124,18 @@ class ConsoleProgress(Listener):
 
     def final_started(self, final: FinalView) -> None:
         """Say that a stage-2 run begins."""
+        if final.stored:
+            return
         self.console.print(
             f"Stage 2, {final.group.key}, seed {final.task.seed}: "
             f"{final.task.train.epochs} epochs on TRAIN + VAL with the frozen settings"
         )
-        self._started = time.monotonic()
 
     def final_epoch_ended(self, final: FinalView, epoch: Epoch) -> None:
         """Print a line per epoch, with the time left."""
         done, total = epoch.epoch + 1, final.task.train.epochs
+        if done == 1:  # starting the workers is not part of the pace
+            self._started = time.monotonic() - epoch.seconds
         left = (time.monotonic() - self._started) / done * (total - done)
         if done % max(1, total // 5) == 0 or done == total:
             self.console.print(
@@ -149,6 +152,7 @@ class ConsoleProgress(Listener):
         self.console.print(
             f"[bold]TEST[/bold], {final.group.key}, seed {final.task.seed}: {text}  "
             f"(beta {scores['beta']:.3g} carried from VAL)"
+            f"{'; stored result, TEST was not opened again' if final.stored else ''}"
         )
 
     # -- the live table -------------------------------------------------------------------------

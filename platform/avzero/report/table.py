@@ -96,33 +96,27 @@ def _row(sweep: str, records: list[dict[str, Any]]) -> Row:
     )
 
 
-def render(rows: Sequence[Row]) -> Table:
-    """Return the leaderboard for a terminal; numbers are percent, mean ± std over seeds."""
+def render(rows: Sequence[Row], width: int) -> Table:
+    """Return the leaderboard for a terminal of a width; percent, mean ± std over seeds."""
+    wide = width >= 150
     table = Table(title="TEST, percent (mean ± std over seeds)", title_justify="left")
-    for name, right in (
-        ("benchmark", False),
-        ("system", False),
-        ("text", False),
-        ("sweep", False),
-        ("seeds", True),
-        *((score, True) for score in SCORES),
-        ("AUSUC", True),
-        ("beta", True),
-        ("VAL HM", True),
-    ):
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    left = ("benchmark", "system", *(("text", "sweep") if wide else ()))
+    right = ("seeds", *SCORES, *(("AUSUC", "beta", "VAL HM") if wide else ()))
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         text = row.text if row.alignment == "by_class" else f"{row.text} ({row.alignment})"
+        scores = [f"[bold]{row.cell(n)}[/bold]" if n == "HM" else row.cell(n) for n in SCORES]
+        beta = f"{row.beta:.3g}" + ("!" if row.at_grid_end else "")
         table.add_row(
             row.benchmark + (" (simulated)" if row.simulated else ""),
             row.model + ("" if row.preset == "paper" else f" ({row.preset})"),
-            text,
-            row.sweep,
+            *((text, row.sweep) if wide else ()),
             str(len(row.seeds)),
-            *(f"[bold]{row.cell(n)}[/bold]" if n == "HM" else row.cell(n) for n in SCORES),
-            row.cell("AUSUC"),
-            f"{row.beta:.3g}" + ("!" if row.at_grid_end else ""),
-            f"{row.val_hm:.2f}",
+            *scores,
+            *((row.cell("AUSUC"), beta, f"{row.val_hm:.2f}") if wide else ()),
         )
     if any(row.at_grid_end for row in rows):
         table.caption = "! beta lies at an end of the grid; widen protocol.beta_grid"

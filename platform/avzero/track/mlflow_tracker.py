@@ -15,7 +15,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,17 @@ class MlflowTracker(Listener):
         logging.getLogger("alembic").setLevel(logging.ERROR)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         self._job = job
-        self._uri = uri
         try:
-            self._client: Any = MlflowClient(tracking_uri=uri)
-            self._client.search_experiments(max_results=1)
-        except (MlflowException, OSError) as error:
+            with _few_retries():
+                self._client: Any = MlflowClient(tracking_uri=uri)
+                self._client.search_experiments(max_results=1)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             raise UserError(
-                f"MLflow at {uri}: does not answer ({error}); start it, correct tracking.uri, or "
-                "set it to off"
+                f"MLflow at {uri}: does not answer ({str(error).splitlines()[0]}); start it, "
+                "correct tracking.uri, or set it to off"
             ) from error
         self._experiments: dict[str, str] = {}
         self._parents: dict[str, str] = {}
@@ -87,8 +89,7 @@ class MlflowTracker(Listener):
         for group in groups:
             self._parent(group)
         for view in done:
-            run = self._find(view.group, view.task.id)
-            if run is None or run.info.status == "RUNNING":
+            if not self._is_finished(view.group, view.task.id):
                 self._start_trial(view).waiting.extend(view.epochs)
                 self.trial_ended(view)
 
@@ -132,6 +133,8 @@ class MlflowTracker(Listener):
 
     def final_started(self, final: FinalView) -> None:
         """Create or find the stage-2 run and the TEST run nested below the sweep's parent."""
+        if final.stored and self._is_finished(final.group, f"{final.task.id}-test"):
+            return
         for kind in ("stage2", "test"):
             tags = {"avzero.trial": final.frozen.task.id, "avzero.frozen": final.frozen.digest}
             name = f"{final.group.model} {kind} seed {final.task.seed}"
@@ -144,6 +147,8 @@ class MlflowTracker(Listener):
 
     def test_scored(self, final: FinalView, result: Result) -> None:
         """Log the TEST scores; close the stage-2 run and the TEST run."""
+        if f"{final.task.id}-test" not in self._runs:
+            return
         stage_2, test = (self._runs.pop(f"{final.task.id}-{kind}") for kind in ("stage2", "test"))
         self._flush(stage_2)
         if self._job.tracking.checkpoints != "none":
@@ -194,6 +199,11 @@ class MlflowTracker(Listener):
         for extra in runs[1:]:
             self._client.delete_run(extra.info.run_id)
         return runs[0] if runs else None
+
+    def _is_finished(self, group: Group, identity: str) -> bool:
+        """Return whether a run exists and is closed."""
+        run = self._find(group, identity)
+        return run is not None and run.info.status != "RUNNING"
 
     def _start(
         self,
@@ -328,6 +338,21 @@ class MlflowTracker(Listener):
             path = Path(scratch) / name
             path.write_bytes(data)
             self._client.log_artifact(run_id, str(path))
+
+
+@contextmanager
+def _few_retries() -> Iterator[None]:
+    """Let an unreachable server be noticed in seconds; MLflow's defaults try for minutes."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    value = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 def headline(scores: Mapping[str, float]) -> dict[str, float]:

@@ -68,7 +68,8 @@ def _final_run(
     if sweep.job.test.reseed == "pipeline" and seed != frozen.task.seed:
         frozen = _repeat_stage_1(sweep, frozen, seed, resources)
     task = frozen.stage_2_task(seed)
-    view = FinalView(group, frozen, task, RunFolder(sweep.store.storage, task))
+    folder = RunFolder(sweep.store.storage, task)
+    view = FinalView(group, frozen, task, folder, folder.load_result("test") is not None)
     for listener in listeners:
         listener.final_started(view)
     state = view.folder.load_state()

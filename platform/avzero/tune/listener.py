@@ -51,6 +51,8 @@ class FinalView:
     frozen: Frozen
     task: Task
     folder: RunFolder
+    stored: bool
+    """Whether its TEST result was there already; then nothing is trained and TEST stays shut."""
 
 
 class Listener:

@@ -81,10 +81,11 @@ class Group:
         self.benchmark = benchmark
         self.model = model
         self.key = f"{benchmark.name}--{model}"
+        own = set(model_class(model).Config.model_fields)
         file = load_space(model)
         fixed = dict(job.train) | dict(job.fixed.get(model, {}))
         ranges = file.space | _job_ranges(job)
-        known = TRAIN_FIELDS | set(model_class(model).Config.model_fields)
+        known = TRAIN_FIELDS | own
         for name in (*ranges, *fixed, *(k for point in job.search.points for k in point)):
             if name not in known:
                 raise UserError(

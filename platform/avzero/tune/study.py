@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from avzero.canon import identity
 from avzero.data.cache import cache_root
 from avzero.data.storage import Storage
+from avzero.protocol.counter import fold
 from avzero.train.folder import RunFolder
 from avzero.train.records import Epoch
 from avzero.tune.listener import TrialView
@@ -66,7 +67,6 @@ class GroupStudy:
         self.group = group
         self._journal = journal
         self._storage = storage
-        search = group.job.search
         self._study = optuna.create_study(
             study_name=group.key,
             storage=journal.optuna_storage,
@@ -75,8 +75,6 @@ class GroupStudy:
             pruner=make_pruner(group.job),
         )
         known = self._study.get_trials(deepcopy=False)
-        # A sampler started anew with the same seed would propose the same random points again.
-        self._study.sampler = make_sampler(search.sampler, search.seed + len(known))
         for point in group.start_points():
             self._study.enqueue_trial(point, skip_if_exists=True)
         self._unfinished = [t for t in known if t.state is TrialState.RUNNING]
@@ -106,6 +104,11 @@ class GroupStudy:
             known = self._unfinished.pop(0)
             trial = optuna.trial.Trial(self._study, known._trial_id)
         else:
+            # A sampler per trial, seeded by the trial's number: what is proposed depends on the
+            # history alone, not on when the sweep was stopped and resumed.
+            search = self.group.job.search
+            number = len(self._study.get_trials(deepcopy=False))
+            self._study.sampler = make_sampler(search.sampler, fold(search.seed, number) >> 33)
             trial = self._study.ask(self.group.distributions)
         view = self._view(trial.number, trial.params, "running")
         trial.set_user_attr("task", view.task.id)

@@ -96,8 +96,10 @@ class Sweep:
     def _tuner(self, desk: TrialDesk, scratch: Path) -> tune.Tuner:
         resources = self.job.resources
         share = {"cpu": resources.cpus, "gpu": resources.gpus}
-        if resources.workers > 1:  # the Ray Train workers bring their own resources
-            share = {"cpu": 0, "gpu": 0}
+        if resources.workers > 1:
+            # The Ray Train workers bring their own resources; a share of nothing is not allowed,
+            # and any share of a CPU could make a trial that fills the machine impossible to place.
+            share = {"cpu": 0, "gpu": 0, "memory": 1 << 20}
         return tune.Tuner(
             tune.with_resources(TrialRunner, share),
             param_space={
@@ -150,11 +152,6 @@ class TrialDesk:
     def take(self, tune_id: str, result: dict[str, Any]) -> bool:
         """Take a result; return whether the trial should be stopped early."""
         view = self.open_trials[tune_id]
-        if "failed" in result:
-            view.state, view.reason = "failed", result["failed"]
-            return False
-        if "record" not in result:
-            return False
         epoch = Epoch.from_dict(json.loads(result["record"]), replayed=result["replayed"])
         if any(known.epoch == epoch.epoch for known in view.epochs):
             return False  # a restarted worker replays what was taken already
@@ -165,12 +162,15 @@ class TrialDesk:
             view.state = "pruned"
         return stop
 
-    def close(self, tune_id: str, error: bool) -> None:
-        """Record how a trial ended."""
+    def close(self, tune_id: str, result: dict[str, Any], error: bool) -> None:
+        """Record how a trial ended, from its last result."""
         view = self.open_trials.pop(tune_id)
-        if view.state == "running":
-            view.state = "failed" if error else "complete"
-            view.reason = "its worker died more often than resources.max_failures" if error else ""
+        if error:
+            view.state = "failed"
+            view.reason = "its worker died more often than resources.max_failures"
+        elif view.state == "running":
+            view.reason = result.get("failed", "")
+            view.state = "failed" if view.reason else "complete"
         if view.state == "complete":
             view.result = view.folder.load_result("val")
         self.sweep.studies[view.group.key].close(view)
@@ -204,8 +204,7 @@ class StudySearcher(_AtDesk, Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Record the end of a trial."""
-        del result
-        self._desk.close(trial_id, error)
+        self._desk.close(trial_id, result or {}, error)
 
     def save(self, checkpoint_path: str) -> None:
         """Keep nothing: the studies are the truth."""

@@ -1,0 +1,126 @@
+"""Jobs and search spaces: what is accepted, what is refused and how it is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from avzero.data.store import FeatureStore
+from avzero.errors import UserError
+from avzero.spec import Job, load_job
+from avzero.tune.space import Group, load_space
+from tests.conftest import ROOT
+
+BASE = "name: x\nbenchmarks: [tiny]\nmodels: [avca]\n"
+
+
+def job(**changes: object) -> Job:
+    return Job.model_validate({"name": "x", "benchmarks": ["tiny"], "models": ["avca"]} | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nbenchmark: [tiny]\nmodels: [avca]\n", "unknown key 'benchmark'; known keys: be"),
+        (BASE + "search: {trial: 3}\n", "unknown key 'search.trial'; known keys: min_epochs"),
+        (BASE + "train: {lr: -1}\n", r"train\.lr: input should be greater than 0 \(got -1\)"),
+        (BASE + "train: {batch: 5}\n", "train: .*unknown|unknown key .*batch"),
+        (BASE + "search: {trials: 0}\n", r"search\.trials: .*greater than or equal to 1"),
+        (BASE + "search: {pruner: hyperband}\n", r"search\.pruner: .*'halving', 'median' or"),
+        (BASE + "name: y\n", "4: not valid YAML .*'name' is written twice"),
+        ("name: [\n", "not valid YAML"),
+        ("- 1\n", "expected keys like name"),
+        ("benchmarks: [tiny]\nmodels: [avca]\n", "key 'name' is missing"),
+        (BASE.replace("x", "A B", 1), "name: use 1 to 63 of"),
+        (BASE.replace("[avca]", "[avca, avca]"), "models: an entry is listed twice"),
+        (BASE + "fixed: {kda: {}}\n", "fixed: model 'kda' is not in models"),
+        (BASE + "protocol: {beta_grid: {start: 2, stop: 1}}\n", "stop must be larger"),
+        (BASE + "seed: .nan\n", "seed"),
+    ],
+)
+def test_bad_jobs_end_in_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_job(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_missing_job() -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_job(Path("nowhere.yaml"))
+
+
+def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(BASE + "train: {lr: 1e-4, weight_decay: 2E-5}\n")
+    assert load_job(path).train == {"lr": 1e-4, "weight_decay": 2e-5}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_job_of_the_repository_is_valid(path: Path) -> None:
+    load_job(path)
+
+
+def test_published_points_are_those_of_the_specification() -> None:
+    """avca.md section 6: r_enc, r_proj, r_add, momentum, batch."""
+    published = {
+        (p.dataset, p.features): [
+            p.values[k] for k in ("r_enc", "r_proj", "r_add", "bn_momentum", "batch_size")
+        ]
+        for p in load_space("avca").published
+    }
+    assert published == {
+        ("UCF", "main"): [0.2, 0.3, 0.5, 0.1, 256],
+        ("UCF", "cls"): [0.2, 0.3, 0.5, 0.99, 256],
+        ("VGGSound", "main"): [0.0, 0.0, 0.1, 0.1, 64],
+        ("VGGSound", "cls"): [0.0, 0.0, 0.0, 0.99, 256],
+        ("ActivityNet", "main"): [0.2, 0.2, 0.1, 0.99, 256],
+        ("ActivityNet", "cls"): [0.2, 0.2, 0.1, 0.99, 256],
+    }
+
+
+def test_group_merges_defaults_published_fixed_and_searched(store: FeatureStore) -> None:
+    from dataclasses import replace
+
+    info = replace(store.info("tiny"), dataset="VGGSound", feature_set="main")
+    group = Group(job(train={"epochs": 7}, fixed={"avca": {"margin": 0.5}}), info, "avca")
+    assert "margin" not in group.distributions and "epochs" not in group.distributions
+    (first,) = group.start_points()
+    assert first["batch_size"] == 64 and first["r_add"] == 0.1 and first["lr"] == 1e-3
+    task = group.task(first | {"r_enc": 0.25})
+    assert (task.train.epochs, task.train.batch_size, task.train.weight_decay) == (7, 64, 1e-5)
+    assert (task.config["margin"], task.config["r_enc"], task.config["r_add"]) == (0.5, 0.25, 0.1)
+
+
+def test_points_and_ranges_of_a_job(store: FeatureStore) -> None:
+    info = store.info("tiny")
+    group = Group(
+        job(
+            search={
+                "space": {"lr": {"log": [1e-4, 1e-3]}, "epochs": {"int": [2, 5]}},
+                "points": [{"r_enc": 0.5}],
+            }
+        ),
+        info,
+        "avca",
+    )
+    assert group.distributions["epochs"] == optuna.distributions.IntDistribution(2, 5)
+    with pytest.raises(UserError, match=r"start point 0 .*: epochs = 50 is outside its range"):
+        group.start_points()
+    with pytest.raises(UserError, match="avca has no hyperparameter 'r_encoder'; it has "):
+        Group(job(search={"space": {"r_encoder": {"uniform": [0, 1]}}}), info, "avca")
+    with pytest.raises(UserError, match="lr: give exactly one of uniform, log"):
+        Group(job(search={"space": {"lr": {"uniform": [0, 1], "log": [1, 2]}}}), info, "avca")
+    with pytest.raises(UserError, match=r"job x: avca: r_enc: input should be less than 1"):
+        Group(job(fixed={"avca": {"r_enc": 1.5}}), info, "avca")
+    with pytest.raises(UserError, match=r"no system 'avcaa'; there is .*avca"):
+        Group(job(models=["avcaa"]), info, "avcaa")
+
+
+def test_compat_preset_reaches_the_model(store: FeatureStore) -> None:
+    group = Group(job(protocol={"preset": "compat"}), store.info("tiny"), "avca")
+    config = group.task({}).config
+    assert config["train_pos_emb"] is False and config["bn_legacy_updates"] is True

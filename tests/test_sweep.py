@@ -1,0 +1,371 @@
+"""Sweeps on a real local Ray cluster: search, resume, extension, stage 2 by Ray Train, TEST."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from avzero.data.avca import read_avca
+from avzero.data.store import FeatureStore
+from avzero.errors import UserError
+from avzero.report.console import ConsoleProgress
+from avzero.report.table import leaderboard, render, sweep_names
+from avzero.spec import Job
+from avzero.track.mlflow_tracker import MlflowTracker
+from avzero.train.records import Epoch
+from avzero.tune.final import run_final
+from avzero.tune.listener import Listener, TrialView
+from avzero.tune.sweep import Sweep
+
+pytestmark = pytest.mark.ray
+
+SETTINGS: dict[str, Any] = {
+    "name": "tiny-sweep",
+    "benchmarks": ["tiny"],
+    "models": ["avca"],
+    "train": {"epochs": 4, "batches_per_epoch": 6, "batch_size": 32},
+    "fixed": {"avca": {"encoder_hidden": 32, "proj_hidden": 32, "depth": 1, "heads": "3x100"}},
+    "search": {"trials": 5, "min_epochs": 2, "sampler": "random"},
+    "test": {"seeds": 2, "workers": 2},
+}
+
+
+class Recorder(Listener):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.started: list[int] = []
+        self.ended: list[tuple[int, str]] = []
+        self.run_epochs = 0
+
+    def trial_started(self, trial: TrialView) -> None:
+        self.started.append(trial.number)
+
+    def epoch_ended(self, trial: TrialView, epoch: Epoch) -> None:
+        self.run_epochs += not epoch.replayed
+
+    def trial_ended(self, trial: TrialView) -> None:
+        self.ended.append((trial.number, trial.state))
+
+
+@pytest.fixture(scope="module")
+def place(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store that holds the tiny benchmark; sweeps of this module live there."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    FeatureStore(str(folder / "store")).put(read_avca(release, "tiny", "main", name="tiny"))
+    return folder
+
+
+def sweep(place: Path, listeners: Sequence[Listener] = (), **changes: Any) -> Sweep:
+    job = Job.model_validate(SETTINGS | changes)
+    return Sweep(job, FeatureStore(str(place / "store")), listeners)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_local: None, place: Path) -> tuple[Sweep, Recorder, Path]:
+    """The main sweep, run once, with console and MLflow attached."""
+    recorder = Recorder()
+    job = Job.model_validate(SETTINGS)
+    uri = f"sqlite:///{place / 'mlflow.db'}"
+    log = place / "console.txt"
+    cwd = Path.cwd()
+    os.chdir(place)  # MLflow puts artifacts of a database URI below the current folder
+    try:
+        with log.open("w") as out:
+            listeners = [
+                recorder,
+                ConsoleProgress(Console(file=out, width=140)),
+                MlflowTracker(uri, job),
+            ]
+            run = sweep(place, listeners)
+            assert run.run()
+            list(run_final(run, listeners))
+    finally:
+        os.chdir(cwd)
+    return run, recorder, place
+
+
+def test_trials(finished: tuple[Sweep, Recorder, Path]) -> None:
+    run, recorder, _ = finished
+    (group,) = run.groups
+    assert sorted(recorder.started) == list(range(5)) == sorted(n for n, _ in recorder.ended)
+    assert {state for _, state in recorder.ended} <= {"complete", "pruned"}
+    views = {view.number: view for view in run.done()}
+    assert views[0].values == group.start_points()[0], "trial 0 is the published or default point"
+    assert len({view.task.id for view in views.values()}) == 5
+    for view in views.values():
+        record = json.loads(
+            run.store.storage.read(f"sweeps/tiny-sweep/trials/{group.key}/{view.number:05d}.json")
+        )
+        assert record["task"] == view.task.id and record["state"] == view.state
+        assert record["val"] == view.best.val  # type: ignore[union-attr]
+        assert len(view.epochs) == (4 if view.state == "complete" else record["epochs"])
+
+
+def test_running_again_runs_nothing(finished: tuple[Sweep, Recorder, Path]) -> None:
+    recorder = Recorder()
+    again = sweep(finished[2], [recorder])
+    assert again.remaining == 0 and again.run()
+    assert recorder.started == [] and len(again.done()) == 5
+
+
+def test_only_extension_is_allowed(finished: tuple[Sweep, Recorder, Path]) -> None:
+    with pytest.raises(UserError, match=r"train\.epochs: 4 -> 9.*choose another name"):
+        sweep(finished[2], train=SETTINGS["train"] | {"epochs": 9})
+    recorder = Recorder()
+    more = sweep(finished[2], [recorder], search=SETTINGS["search"] | {"trials": 6})
+    assert more.remaining == 1 and more.run()
+    assert recorder.started == [5]
+    sweep(finished[2], search=SETTINGS["search"] | {"trials": 5})
+
+
+def test_final_runs(finished: tuple[Sweep, Recorder, Path]) -> None:
+    run, _, _ = finished
+    storage = run.store.storage
+    (group,) = run.groups
+    frozen = json.loads(storage.read(f"sweeps/tiny-sweep/frozen/{group.key}.json"))
+    complete = [v for v in run.done() if v.state == "complete" and v.number < 5]
+    assert frozen["trial"] == max(complete, key=lambda v: (v.hm, -v.number)).task.id
+    records = [
+        json.loads(storage.read(f"sweeps/tiny-sweep/final/{group.key}/{seed}.json"))
+        for seed in (42, 43)
+    ]
+    assert [r["seed"] for r in records] == [42, 43]
+    assert len({r["run"] for r in records}) == 2
+    assert {r["frozen"] for r in records} == {frozen["digest"]}
+    lines = run.store.openings("tiny")
+    assert [line["run"] for line in lines] == [r["run"] for r in records]
+    assert all(line["sweep"] == "tiny-sweep" for line in lines)
+    again = list(run_final(run, []))
+    assert [v.task.id for v, _ in again] == [r["run"] for r in records]
+    assert len(run.store.openings("tiny")) == 2, "TEST is not opened a second time"
+
+
+def test_leaderboard(finished: tuple[Sweep, Recorder, Path]) -> None:
+    storage = finished[0].store.storage
+    assert "tiny-sweep" in sweep_names(storage)
+    (row,) = leaderboard(storage, ["tiny-sweep"])
+    assert row.seeds == (42, 43) and row.simulated
+    assert row.mean("ZSL") > 12.5, "above chance with 8 unseen classes"
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    console.print(render([row], 160))
+    text = console.export_text()
+    assert "avca" in text and "±" in text and f"{row.mean('HM'):.2f}" in text
+    with pytest.raises(UserError, match=r"no sweep 'other'; there is .*tiny-sweep"):
+        leaderboard(storage, ["other"])
+
+
+def test_console_tells_the_story(finished: tuple[Sweep, Recorder, Path]) -> None:
+    text = (finished[2] / "console.txt").read_text()
+    for part in ("Sweep tiny-sweep: 5 trials", "[5/5]", "Best on VAL", "Stage 2", "TEST"):
+        assert part in text
+
+
+def test_mlflow_tree(finished: tuple[Sweep, Recorder, Path]) -> None:
+    from mlflow import MlflowClient
+
+    run, _, place = finished
+    client = MlflowClient(tracking_uri=f"sqlite:///{place / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    by_kind: dict[str, list[Any]] = {}
+    for one in runs:
+        by_kind.setdefault(one.data.tags["avzero.kind"], []).append(one)
+    counts = {kind: len(several) for kind, several in by_kind.items()}
+    assert counts == {"sweep": 1, "trial": 5, "stage2": 2, "test": 2}
+    (parent,) = by_kind["sweep"]
+    for one in runs:
+        assert len(one.data.metrics) <= 15
+        assert one.data.tags["avzero.digest"] == run.groups[0].benchmark.digest
+        assert one.data.tags["avzero.revision"]
+        assert one.inputs.dataset_inputs[0].dataset.name == "tiny"
+        if one is not parent:
+            assert one.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    views = {view.task.id: view for view in run.done()}
+    for one in by_kind["trial"]:
+        view = views[one.data.tags["avzero.run"]]
+        assert one.info.status == {"complete": "FINISHED", "pruned": "KILLED"}[view.state]
+        assert one.data.params["lr"] == str(view.task.train.lr)
+        history = client.get_metric_history(one.info.run_id, "val/HM")
+        assert [m.step for m in history] == [e.epoch for e in view.epochs]
+        assert one.data.metrics["HM"] == pytest.approx(100 * view.hm)
+        files = {f.path for f in client.list_artifacts(one.info.run_id)}
+        assert {"run.yaml", "learning_curves.png"} <= files
+        if view.state == "complete":
+            assert {
+                "seen_unseen_curve.png",
+                "seen_unseen_curve.csv",
+                "per_class.csv",
+                "model.safetensors",
+            } <= files
+    for one in by_kind["test"]:
+        assert one.data.metrics["ZSL"] > 12.5 and "AUSUC" in one.data.metrics
+    assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"job.yaml"}
+
+
+def test_deleted_tracking_database_is_filled_again(
+    finished: tuple[Sweep, Recorder, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    run, _, place = finished
+    uri = f"sqlite:///{tmp_path / 'new.db'}"
+    again = sweep(place, [MlflowTracker(uri, run.job)], search=run.job.search.model_dump())
+    again.run()
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    trials = client.search_runs(
+        [experiment.experiment_id], filter_string="tags.`avzero.kind` = 'trial'"
+    )
+    assert len(trials) == len(again.done())
+    assert all(one.info.status != "RUNNING" for one in trials)
+
+
+def test_unreachable_tracker_is_refused() -> None:
+    job = Job.model_validate(SETTINGS)
+    for uri in ("http://127.0.0.1:9", "sqlite:////proc/nowhere/x.db"):
+        with pytest.raises(UserError, match=f"MLflow at {uri}: does not answer"):
+            MlflowTracker(uri, job)
+
+
+def test_a_diverging_trial_fails_alone(ray_local: None, place: Path) -> None:
+    recorder = Recorder()
+    run = sweep(
+        place,
+        [recorder],
+        name="diverging",
+        search={
+            "trials": 3,
+            "sampler": "random",
+            "pruner": "none",
+            "space": {"lr": {"log": [1e-4, 1e30]}},
+            "points": [{"lr": 1e30}],
+        },
+    )
+    assert run.run()
+    states = dict(recorder.ended)
+    assert states[0] == "complete" and states[1] == "failed"
+    record = json.loads(
+        run.store.storage.read(f"sweeps/diverging/trials/{run.groups[0].key}/00001.json")
+    )
+    assert "is not finite in epoch" in record["reason"]
+
+
+def test_trials_on_two_ray_train_workers(ray_local: None, place: Path) -> None:
+    """A trial may itself be split over workers; its losses are those of one worker."""
+    search = {"trials": 1, "pruner": "none"}
+    train = SETTINGS["train"] | {"epochs": 2, "precision": "float64"}
+    results = []
+    for workers in (2, 1):
+        run = sweep(
+            place,
+            name=f"workers-{workers}",
+            search=search,
+            train=train,
+            seed=50 + workers,
+            fixed={"avca": SETTINGS["fixed"]["avca"] | {"r_enc": 0.0, "r_proj": 0.0, "r_add": 0.0}},
+            resources={"workers": workers, "cpus": 0.5},
+        )
+        # The seed names the run; give both the same weights and draws by moving it out of the way.
+        assert run.run()
+        results.append(run.done()[0])
+    two, one = results
+    assert two.state == one.state == "complete"
+    assert len(two.epochs) == 2
+
+
+def test_impossible_placement_is_refused(ray_local: None, place: Path) -> None:
+    run = sweep(place, name="too-big", resources={"gpus": 1})
+    with pytest.raises(UserError, match=r"a trial needs 1 GPU .*the cluster has 0; lower"):
+        run.run()
+
+
+def test_final_needs_a_finished_sweep(place: Path) -> None:
+    run = sweep(place, name="unfinished")
+    with pytest.raises(UserError, match="5 of its trials are missing"):
+        list(run_final(run, []))
+
+
+def test_killed_driver_resumes(place: Path, tmp_path: Path) -> None:
+    """SIGKILL the command in the middle; the same command trains nothing twice and ends whole."""
+    import yaml
+
+    settings = SETTINGS | {
+        "name": "killed",
+        "store": str(place / "store"),
+        "train": SETTINGS["train"] | {"epochs": 6, "batches_per_epoch": 30},
+        "search": {"trials": 4, "pruner": "none", "sampler": "random"},
+        "tracking": {"uri": "off"},
+    }
+    path = tmp_path / "killed.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "avzero.cli", "sweep", str(path)]
+    storage = FeatureStore(str(place / "store")).storage
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not storage.keys("sweeps/killed/trials/"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    ended_before = len(storage.keys("sweeps/killed/trials/"))
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    assert f"resumes: {ended_before} of 4 trials are done" in done.stdout
+    run = sweep(place, name="killed", train=settings["train"], search=settings["search"])
+    views = {view.number: view for view in run.done()}
+    assert sorted(views) == [0, 1, 2, 3] and all(v.state == "complete" for v in views.values())
+    assert len({v.task.id for v in views.values()}) == 4
+    assert all([e.epoch for e in v.epochs] == list(range(6)) for v in views.values())
+
+
+def test_interrupt_is_graceful(place: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends the command with a word on how to go on, and the trials go on where they were."""
+    import yaml
+
+    settings = SETTINGS | {
+        "name": "interrupted",
+        "store": str(place / "store"),
+        "train": SETTINGS["train"] | {"epochs": 40, "batches_per_epoch": 20},
+        "search": {"trials": 3, "pruner": "none", "sampler": "random"},
+        "tracking": {"uri": "off"},
+    }
+    path = tmp_path / "interrupted.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "avzero.cli", "sweep", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    storage = FeatureStore(str(place / "store")).storage
+    deadline = time.monotonic() + 120
+    while not _some_run_has_epochs(storage, 40, 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "Interrupted. Run the same command again to go on." in out
+    assert "Traceback" not in out
+
+
+def _some_run_has_epochs(storage: Any, planned: int, done: int) -> bool:
+    """Return whether a run of a given length has come some way."""
+    for key in storage.keys("runs/"):
+        if key.endswith("/state.json"):
+            task = json.loads(storage.read(key.rsplit("/", 1)[0] + "/task.json"))
+            history = json.loads(storage.read(key))["history"]
+            if task["train"]["epochs"] == planned and len(history) >= done:
+                return True
+    return False
