@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from avzero.data.benchmark import Float32, Part, samples_digest
-from avzero.data.columns import copy_column, read_samples, samples_from_table, samples_table
+from avzero.data.columns import cache_samples, copy_column, map_samples, read_samples
 from avzero.data.storage import disk_errors, require_space
 from avzero.errors import UserError
 
@@ -73,9 +73,8 @@ class NodeCache:
                 if array.shape != (rows, width) or array.dtype != np.dtype("<f4"):
                     return None
                 features[modality] = array
-            with pa.memory_map(str(folder / "samples.arrow")) as source:
-                samples = samples_from_table(pa.ipc.open_file(source).read_all())
-        except (FileNotFoundError, KeyError, ValueError, pa.ArrowInvalid):
+            samples = map_samples(folder)
+        except (FileNotFoundError, EOFError, KeyError, ValueError, pa.ArrowInvalid):
             return None
         return Part(samples, features) if len(samples) == rows else None
 
@@ -102,9 +101,7 @@ class NodeCache:
                         f"{source}: the samples table does not have the content the manifest "
                         "names; the file is damaged. Ingest the release again"
                     )
-                table = samples_table(samples)
-                with pa.ipc.new_file(str(scratch / "samples.arrow"), table.schema) as writer:
-                    writer.write_table(table)
+                cache_samples(samples, scratch)
                 if source.parent == scratch:
                     source.unlink()
                 if folder.exists():  # an entry _map refused: wrong size or cut off

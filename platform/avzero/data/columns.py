@@ -22,6 +22,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from avzero.data.benchmark import ROLES, Part, Samples
@@ -31,6 +32,8 @@ ROW_GROUP_BYTES = 32 << 20
 """Target size of one feature column in a row group."""
 _CHUNK_BYTES = 8 << 20
 _MAX_ROWS_PER_GROUP = 16_384
+_NUMBERS = ("class_id", "role", "evaluated")
+_TEXTS = ("sample_id", "source_id", "source_split")
 
 
 class ArrowStrings(Sequence[str]):
@@ -65,13 +68,13 @@ class Extent:
 
 def samples_table(samples: Samples) -> pa.Table:
     """Return the samples table as Arrow; roles by name, for people who open the file."""
+    names = pa.array([role.value for role in ROLES])
+    role = pa.DictionaryArray.from_arrays(pa.array(samples.role), names)
     return pa.table(
         {
             "sample_id": pa.array(list(samples.sample_id), pa.string()),
             "class_id": pa.array(samples.class_id),
-            "role": pa.DictionaryArray.from_arrays(
-                pa.array(samples.role), pa.array([role.value for role in ROLES])
-            ).cast(pa.string()),
+            "role": role.cast(pa.string()),
             "source_id": pa.array(list(samples.source_id), pa.string()),
             "source_split": pa.array(list(samples.source_split), pa.string()),
             "evaluated": pa.array(samples.evaluated),
@@ -79,26 +82,52 @@ def samples_table(samples: Samples) -> pa.Table:
     )
 
 
+def cache_samples(samples: Samples, folder: Path) -> None:
+    """Write a samples table so that ``map_samples`` opens it in milliseconds.
+
+    Numbers as ``.npy`` and text as a mapped Arrow file: turning Arrow columns into numpy imports
+    pandas, which takes longer than everything else an open does.
+    """
+    for name in _NUMBERS:
+        np.save(folder / f"{name}.npy", getattr(samples, name))
+    table = samples_table(samples).select(_TEXTS).combine_chunks()
+    with pa.ipc.new_file(str(folder / "samples.arrow"), table.schema) as writer:
+        writer.write_table(table)
+
+
+def map_samples(folder: Path) -> Samples:
+    """Open what ``cache_samples`` wrote.
+
+    Raises:
+        OSError, ValueError, KeyError, pa.ArrowInvalid: it is not there, or not whole.
+    """
+    with pa.memory_map(str(folder / "samples.arrow")) as source:
+        reader = pa.ipc.open_file(source)
+        (batch,) = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    columns: dict[str, Any] = {name: ArrowStrings(batch.column(name)) for name in _TEXTS}
+    columns |= {name: np.load(folder / f"{name}.npy") for name in _NUMBERS}
+    if {len(column) for column in columns.values()} != {batch.num_rows}:
+        raise ValueError("columns of different length")
+    return Samples(**columns)
+
+
 def samples_from_table(table: pa.Table) -> Samples:
     """Return the samples of an Arrow table made by ``samples_table``."""
-    table = table.combine_chunks()
-    roles = pa.array([role.value for role in ROLES])
-    codes = pa.compute.index_in(table.column("role"), value_set=roles)
+    (batch,) = table.combine_chunks().to_batches() or [
+        pa.RecordBatch.from_pylist([], schema=table.schema)
+    ]
+    names = pa.array([role.value for role in ROLES])
 
     def numpy_column(values: Any, dtype: Any) -> npt.NDArray[Any]:
         return np.asarray(values.to_numpy(zero_copy_only=False)).astype(dtype, copy=False)
 
-    def text_column(name: str) -> ArrowStrings:
-        column = table.column(name)
-        return ArrowStrings(column.chunk(0) if column.num_chunks else pa.array([], pa.string()))
-
     return Samples(
-        sample_id=text_column("sample_id"),
-        class_id=numpy_column(table.column("class_id"), np.int32),
-        role=numpy_column(codes, np.int8),
-        source_id=text_column("source_id"),
-        source_split=text_column("source_split"),
-        evaluated=numpy_column(table.column("evaluated"), np.bool_),
+        sample_id=ArrowStrings(batch.column("sample_id")),
+        class_id=numpy_column(batch.column("class_id"), np.int32),
+        role=numpy_column(pc.index_in(batch.column("role"), value_set=names), np.int8),
+        source_id=ArrowStrings(batch.column("source_id")),
+        source_split=ArrowStrings(batch.column("source_split")),
+        evaluated=numpy_column(batch.column("evaluated"), np.bool_),
     )
 
 
@@ -141,10 +170,12 @@ def write_vectors(path: Path, keys: Sequence[str], vectors: npt.NDArray[np.float
 
 def read_vectors(path: Path) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
     """Read what ``write_vectors`` wrote."""
-    table = pq.read_table(path).combine_chunks()
+    table = pq.ParquetFile(path).read().combine_chunks()
     column = table.column("vector").chunk(0)
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    vectors = flat.reshape(len(column), column.type.list_size).astype(np.float32, copy=False)
+    values = column.flatten()
+    # The buffer itself: Arrow's own conversion imports pandas first.
+    flat = np.frombuffer(values.buffers()[1], "<f4", len(values), 4 * values.offset)
+    vectors = flat.reshape(len(column), column.type.list_size)
     return tuple(table.column("key").to_pylist()), vectors
 
 
@@ -152,7 +183,7 @@ def read_samples(path: Path) -> Samples:
     """Read the samples table of a part file."""
     with _parquet_errors(path):
         names = ["sample_id", "class_id", "role", "source_id", "source_split", "evaluated"]
-        return samples_from_table(pq.read_table(path, columns=names))
+        return samples_from_table(pq.ParquetFile(path).read(columns=names))
 
 
 def value_extents(path: Path, column: str, width: int) -> list[Extent] | None:

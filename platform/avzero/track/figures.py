@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from avzero.protocol.calibration import BOTH
 from avzero.train.records import Epoch, Result
@@ -24,7 +25,7 @@ def seen_unseen_curve(result: Result, title: str) -> bytes:
     seen = 100 * np.array(result.curve["S"])
     axes.fill_between(unseen, seen, color=_BLUE, alpha=0.08, linewidth=0)
     axes.plot(unseen, seen, color=_BLUE, linewidth=1.8, label=f"AUSUC {100 * result.area:.2f}")
-    _hm_contours(axes, max(unseen.max(), 1.0), max(seen.max(), 1.0))
+    _hm_contours(axes, 1.04 * max(unseen.max(), 1.0), 1.04 * max(seen.max(), 1.0))
     chosen = result.scores[BOTH]
     axes.plot(
         100 * chosen["U"],
@@ -45,10 +46,10 @@ def seen_unseen_curve(result: Result, title: str) -> bytes:
         )
     axes.set_xlabel("U: mean recall of unseen classes (%)")
     axes.set_ylabel("S: mean recall of seen classes (%)")
-    axes.set_xlim(0, None)
-    axes.set_ylim(0, None)
+    axes.set_xlim(0, 1.04 * max(unseen.max(), 1.0))
+    axes.set_ylim(0, 1.04 * max(seen.max(), 1.0))
     axes.set_title(title, fontsize=10)
-    axes.legend(loc="upper right", fontsize=9)
+    axes.legend(loc="lower left", fontsize=9)
     axes.grid(alpha=0.25)
     return _png(figure)
 
@@ -78,7 +79,8 @@ def learning_curves(epochs: Sequence[Epoch], title: str) -> bytes:
             right.plot(steps, [100 * e.val[name] for e in epochs], color=colour, label=name)
         right.set_ylabel("VAL score (%)")
         right.set_ylim(0, None)
-        right.legend(loc="lower right", fontsize=8)
+        right.legend(loc="center right", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right", fontsize=8)
     axes.set_title(title, fontsize=10)
     return _png(figure)

@@ -169,7 +169,10 @@ class MlflowTracker(Listener):
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 try:
-                    self._experiments[name] = self._client.create_experiment(name)
+                    # The tag makes the UI open the page of runs instead of its chat tooling.
+                    self._experiments[name] = self._client.create_experiment(
+                        name, tags={"mlflow.experimentKind": "custom_model_development"}
+                    )
                 except MlflowException:  # made by somebody else meanwhile
                     found = self._client.get_experiment_by_name(name)
             if found is not None:

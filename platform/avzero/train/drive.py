@@ -36,7 +36,8 @@ def drive(store: FeatureStore, task: Task, resources: Resources) -> Iterator[Epo
 
 
 def _in_process(store: FeatureStore, task: Task, resources: Resources) -> Iterator[Epoch]:
-    """Run the loop here."""
+    """Run the loop here, with the threads a worker would have: they decide the last bits."""
+    torch.set_num_threads(max(1, int(resources.cpus)))
     device = "cuda" if resources.gpus and torch.cuda.is_available() else "cpu"
     folder = RunFolder(store.storage, task)
     yield from Trainer(task, store.open(task.benchmark), folder, None, device).epochs()

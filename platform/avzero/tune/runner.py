@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from ray import tune
 
 from avzero.canon import canonical
@@ -27,7 +26,6 @@ class TrialRunner(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin the first trial of this actor."""
-        torch.set_num_threads(max(1, int(config["resources"]["cpus"])))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -1,0 +1,77 @@
+"""Measuring: CPU time of this process and peak memory, and where the numbers come from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def cpu_of(action: Callable[[], object]) -> float:
+    """Return the CPU seconds (user and system, all threads) an action takes in this process."""
+    before = time.process_time()
+    action()
+    return time.process_time() - before
+
+
+def rounds(variants: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
+    """Run the variants in turn, ``count`` times; return CPU seconds of every round by variant."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(count):
+        for name, action in variants.items():
+            taken[name].append(cpu_of(action))
+    return taken
+
+
+def ratio_line(label: str, above: Sequence[float], below: Sequence[float], goal: str) -> str:
+    """Return median and worst of the per-round ratios, beside the goal."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return (
+        f"{label}: median {statistics.median(ratios):.3g}, lowest {min(ratios):.3g}, "
+        f"highest {max(ratios):.3g} over {len(ratios)} rounds (goal {goal})"
+    )
+
+
+def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
+    """Run ``python -m module arguments`` and return the JSON of its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{module} {arguments} failed:\n{done.stderr}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def peak_bytes() -> int:
+    """Return the highest resident memory of this program (``ru_maxrss`` would count the parent's
+    before exec)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(ln.split()[1]) for ln in status.splitlines() if ln.startswith("VmHWM"))
+
+
+def machine() -> str:
+    """Return the processor, cores and library versions of this machine."""
+    import numpy
+    import pyarrow
+    import torch
+
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    cores = len(Path("/proc/cpuinfo").read_text().split("processor\t:")) - 1
+    return (
+        f"{model}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"numpy {numpy.__version__}, pyarrow {pyarrow.__version__}; "
+        f"{time.strftime('%Y-%m-%d %H:%M')}"
+    )
