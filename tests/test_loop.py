@@ -173,12 +173,12 @@ def test_stage_2_and_test(
     assert task.train.epochs == frozen.best_epoch + 1 == len(task.lr_plan or ())
     folder = RunFolder(store.storage, task)
     with pytest.raises(UserError, match="not finished"):
-        score_test(store, folder, frozen, "s", "r")
+        score_test(store, folder, frozen, "s")
     records = list(Trainer(task, benchmark, folder).epochs())
     assert [e.lr for e in records] == list(frozen.lr_plan[: len(records)])
     assert all(e.val == {} for e in records), "stage 2 selects on nothing"
     before = len(store.openings("tiny"))
-    result = score_test(store, folder, frozen, "s", "r")
+    result = score_test(store, folder, frozen, "s")
     assert len(store.openings("tiny")) == before + 1
     line = store.openings("tiny")[-1]
     assert (line["frozen"], line["run"]) == (frozen.digest, task.id)
@@ -189,20 +189,25 @@ def test_stage_2_and_test(
     )
     assert scores["ZSL"] > 1 / 8, "above chance on a benchmark made to be learnable"
     assert result.exact == {}, "no optimum over beta is computed on TEST"
-    assert score_test(store, folder, frozen, "s", "r") == result
+    assert score_test(store, folder, frozen, "s") == result
     assert len(store.openings("tiny")) == before + 1, "the stored result is not a second look"
 
 
-def test_compat_stage_2_steps_on_val(benchmark: Benchmark, store: FeatureStore) -> None:
+@pytest.mark.parametrize("seed", [3002, 3003, 3004])
+def test_compat_stage_2_steps_on_val(benchmark: Benchmark, store: FeatureStore, seed: int) -> None:
     protocol = Protocol.model_validate({"preset": "compat"})
-    task = make_task(benchmark, seed=3002, protocol=protocol)
+    train = {"epochs": 6, "batches_per_epoch": 8}
+    task = make_task(benchmark, seed=seed, protocol=protocol, train=train)
     folder = RunFolder(store.storage, task)
     list(Trainer(task, benchmark, folder).epochs())
     frozen = conclude_stage_1(folder, benchmark)[1]
-    second = frozen.stage_2_task(3002)
+    second = frozen.stage_2_task(seed)
     assert second.lr_plan is None
     records = list(Trainer(second, benchmark, RunFolder(store.storage, second)).epochs())
     assert all(math.isfinite(e.val["HM"]) for e in records)
+    # VAL is part of stage 2's training data: whatever it says, the last epoch (e*) is kept.
+    state = RunFolder(store.storage, second).load_state()
+    assert state is not None and state.best_epoch == frozen.best_epoch == len(records) - 1
 
 
 def test_killed_at_random_moments_equals_undisturbed(

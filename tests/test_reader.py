@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from avzero.data.audit import audit_lines
-from avzero.data.avca import ReadOptions, read_avca
+from avzero.data.avca import read_avca
 from avzero.data.benchmark import AUDIO, VIDEO, ClassRole, RawBenchmark, Role
 from avzero.data.class_lists import FOLDER_OF_ROLE
+from avzero.data.release import ReadOptions
 from avzero.data.simulate import SHAPES, simulate
 from avzero.errors import UserError
 from avzero.spec import TextAlignment
@@ -101,7 +102,7 @@ def test_text_by_class_and_legacy(release: Path, raw: RawBenchmark) -> None:
 
 
 def test_reading_twice_gives_the_same_digest(release: Path, raw: RawBenchmark) -> None:
-    again = read_avca(release, "tiny_features", "main_split", name="other name")
+    again = read_avca(release, "tiny_features", "main_split", name="other-name")
     assert again.digest() == raw.digest()
 
 
@@ -168,7 +169,9 @@ def test_audit_reports_the_facts(raw: RawBenchmark) -> None:
     assert audit["roles"]["train"]["samples"] == 192
     assert audit["text"]["w2v"]["wrong_if_positional"]["train"] == "24/24"
     assert audit["features"]["audio"]["width"] == 32
-    assert len(audit["sources"]) == 2 * (24 + 24 + 8 + 32 + 8) + 1
+    files = 2 * (24 + 24 + 8 + 32 + 8 + 32)
+    assert len(audit["sources"]) == files + 5 + 6 + 2 + 1  # csv, txt, name map and list, text
+    assert "class-split/main_split/stage_1_train.csv" in audit["sources"]
     text = "\n".join(audit_lines(audit))
     assert "SIMULATED" in text and "positional pairing" in text
 
@@ -206,7 +209,7 @@ def test_missing_class_file(copy: Path) -> None:
 def test_truncated_class_file(copy: Path) -> None:
     path = class_file(copy, VIDEO, Role.VAL_SEEN, 3)
     path.write_bytes(path.read_bytes()[:700])
-    expect(copy, path.name, "not a readable HDF5 file")
+    expect(copy, path.name, "not a readable HDF5 class file")
 
 
 def test_wrong_datasets(copy: Path) -> None:
@@ -368,3 +371,65 @@ def test_name_map_missing_or_ambiguous(copy: Path) -> None:
 def test_official_name_with_other_counts(copy: Path) -> None:
     root = copy.rename(copy.with_name("UCF"))
     expect(root, "UCF", "the official dataset has 101", "rename the root folder")
+
+
+def test_official_names_in_any_case(copy: Path) -> None:
+    expect(copy.rename(copy.with_name("vggsound")), "VGGSound", "the official dataset has 309")
+
+
+def test_dropping_rows_of_an_official_dataset_is_not_a_bad_download(tmp_path: Path) -> None:
+    root = simulate(tmp_path / "UCF", "UCF-main")
+    folder = root / "features" / "main_features" / "audio" / "stage_2_test_seen"
+    with h5py.File(sorted(folder.glob("*.h5"))[0], "a") as file:
+        file["data"][0, 0] = np.inf
+    raw = read_avca(root, "main", "main", options=ReadOptions(nonfinite="drop"))
+    assert raw.counts()["test_seen"] == 554 and len(raw.audit["nonfinite_rows"]) == 1
+
+
+def test_benchmark_names_are_plain(release: Path) -> None:
+    for name in ("a@b", "a/b", "../x", "Tiny"):
+        with pytest.raises(UserError, match="set it with --name"):
+            read_avca(release, "tiny", "main", name=name)
+
+
+def test_two_files_for_one_text_set(copy: Path) -> None:
+    text = copy / "features" / "tiny_features" / "text"
+    shutil.copy(text / "word_embeddings_ucf_normed.npy", text / "word_embeddings_ucf_old.npy")
+    expect(copy, "text set 'w2v'", "--text w2v=FILE")
+    expect(copy, "cannot be read", options=ReadOptions(text={"w2v": copy}))
+
+
+def test_stage_2_of_another_width(copy: Path) -> None:
+    folder = copy / "features" / "tiny_features" / "video" / "stage_2_train"
+    path = sorted(folder.glob("*.h5"))[0]
+    with h5py.File(path) as file:
+        data = file["data"][:, :-1]
+    rewrite(path, data=data)
+    expect(copy, path.name, "47 columns", "48")
+
+
+def test_damaged_bytes_anywhere_are_one_line(copy: Path) -> None:
+    """Flip bytes of an HDF5 file: it is read, or refused in one line, never a crash."""
+    import random
+
+    path = class_file(copy, AUDIO, Role.VAL_SEEN)
+    whole = path.read_bytes()
+    rng = random.Random(3)
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 8, 64])):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            read_avca(copy, "tiny", "main")
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+
+
+def test_broken_csv_header(copy: Path) -> None:
+    path = copy / "class-split" / "main_split" / "stage_1_train.csv"
+    path.write_text('filename,"label,label_code\n')
+    expect(copy, "stage_1_train.csv", "not a CSV row")

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avzero.errors import UserError
 from avzero.protocol.calibration import calibrate
 from avzero.protocol.scoring import Nearest, harmonic_mean
 from avzero.spec import BetaGrid, Preset, Protocol
@@ -145,7 +144,7 @@ def test_sweep_takes_the_first_of_equals() -> None:
 
 def test_nan_distances_are_refused() -> None:
     distances = torch.tensor([[float("nan"), 1.0], [0.0, 1.0]])
-    with pytest.raises(UserError, match="distance is NaN"):
+    with pytest.raises(FloatingPointError, match="distance to a class is NaN"):
         facts(distances, torch.tensor([0, 1]), [0], [1])
 
 

@@ -38,6 +38,7 @@ def job(**changes: object) -> Job:
         (BASE + "fixed: {kda: {}}\n", "fixed: model 'kda' is not in models"),
         (BASE + "protocol: {beta_grid: {start: 2, stop: 1}}\n", "stop must be larger"),
         (BASE + "seed: .nan\n", "seed"),
+        (BASE + "resources: {workers: 2, gpus: 0.5}\n", "gpus must be whole with several workers"),
     ],
 )
 def test_bad_jobs_end_in_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
@@ -88,36 +89,56 @@ def test_group_merges_defaults_published_fixed_and_searched(store: FeatureStore)
     info = replace(store.info("tiny"), dataset="VGGSound", feature_set="main")
     group = Group(job(train={"epochs": 7}, fixed={"avca": {"margin": 0.5}}), info, "avca")
     assert "margin" not in group.distributions and "epochs" not in group.distributions
-    (first,) = group.start_points()
+    (first,) = group.start_points
     assert first["batch_size"] == 64 and first["r_add"] == 0.1 and first["lr"] == 1e-3
     task = group.task(first | {"r_enc": 0.25})
     assert (task.train.epochs, task.train.batch_size, task.train.weight_decay) == (7, 64, 1e-5)
     assert (task.config["margin"], task.config["r_enc"], task.config["r_add"]) == (0.5, 0.25, 0.1)
 
 
+def group(store: FeatureStore, **search: object) -> Group:
+    return Group(job(search=search), store.info("tiny"), "avca")
+
+
 def test_points_and_ranges_of_a_job(store: FeatureStore) -> None:
-    info = store.info("tiny")
-    group = Group(
-        job(
-            search={
-                "space": {"lr": {"log": [1e-4, 1e-3]}, "epochs": {"int": [2, 5]}},
-                "points": [{"r_enc": 0.5}],
-            }
-        ),
-        info,
-        "avca",
+    made = group(
+        store,
+        space={"lr": {"log": [1e-4, 1e-2]}, "epochs": {"int": [2, 50]}},
+        points=[{"r_enc": 0.5, "epochs": 7}],
     )
-    assert group.distributions["epochs"] == optuna.distributions.IntDistribution(2, 5)
-    with pytest.raises(UserError, match=r"start point 0 .*: epochs = 50 is outside its range"):
-        group.start_points()
-    with pytest.raises(UserError, match="avca has no hyperparameter 'r_encoder'; it has "):
-        Group(job(search={"space": {"r_encoder": {"uniform": [0, 1]}}}), info, "avca")
-    with pytest.raises(UserError, match="lr: give exactly one of uniform, log"):
-        Group(job(search={"space": {"lr": {"uniform": [0, 1], "log": [1, 2]}}}), info, "avca")
+    assert made.distributions["epochs"] == optuna.distributions.IntDistribution(2, 50)
+    first, second = made.start_points
+    assert second == first | {"r_enc": 0.5, "epochs": 7}
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"space": {"epochs": {"int": [2, 5]}}}, "start point 0 .*: epochs = 50 is outside its"),
+        ({"points": [{"lr": 0.5}]}, r"start point 1 .*: lr = 0\.5 is outside its range; widen"),
+        ({"points": [{"epochs": 3}]}, "start point 1 .*: epochs is not searched; it is fixed"),
+        ({"space": {"r_encoder": {"uniform": [0, 1]}}}, "avca has no hyperparameter 'r_encoder'"),
+        ({"space": {"lr": {"uniform": [0, 1], "log": [1, 2]}}}, "lr: give exactly one of unif"),
+        ({"space": {"lr": {"loguniform": [0, 1]}}}, "known keys: choice, int, log, uniform"),
+        ({"space": {"lr": {"log": [1e-2, 1e-4]}}}, "search space of avca: lr: "),
+        # Bounds a system would refuse in the middle of a sweep are refused before it.
+        ({"space": {"r_enc": {"uniform": [0, 3]}}}, "r_enc: input should be less than 1"),
+        ({"space": {"heads": {"choice": ["3x100", "2x2"]}}}, "heads: input should be '3x100'"),
+    ],
+)
+def test_bad_search_spaces(store: FeatureStore, search: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        group(store, **search)
+
+
+def test_bad_fixed_values(store: FeatureStore) -> None:
+    info = store.info("tiny")
     with pytest.raises(UserError, match=r"job x: avca: r_enc: input should be less than 1"):
         Group(job(fixed={"avca": {"r_enc": 1.5}}), info, "avca")
     with pytest.raises(UserError, match=r"no system 'avcaa'; there is .*avca"):
         Group(job(models=["avcaa"]), info, "avcaa")
+    with pytest.raises(UserError, match="batch_size 64 cannot be split evenly over 3 workers"):
+        Group(job(train={"batch_size": 64}, test={"workers": 3}), info, "avca")
 
 
 def test_compat_preset_reaches_the_model(store: FeatureStore) -> None:

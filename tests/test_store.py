@@ -211,7 +211,7 @@ def test_test_rows_stay_sealed(fresh: FeatureStore, raw: RawBenchmark) -> None:
     assert not set(samples.sample_id) & set(raw.test.samples.sample_id)
     assert fresh.openings("tiny") == []
     digest = fresh.info("tiny").digest
-    opening = Opening(digest, "trial", "run", "frozen", 1.5, 7, "sweep", "revision")
+    opening = Opening(digest, "avca", "trial", "run", "frozen", 1.5, 7, "sweep", "revision")
     test = fresh.open_test(opening)
     assert len(test.part.samples) == 128
     (line,) = fresh.openings("tiny")
@@ -222,6 +222,26 @@ def test_test_rows_stay_sealed(fresh: FeatureStore, raw: RawBenchmark) -> None:
     with pytest.raises(UserError):
         fresh.open_test(replace(opening, run="second"))
     assert len(fresh.openings("tiny")) == 2, "the line is written before the rows are read"
+
+
+def test_storing_again_repairs(raw: RawBenchmark, fresh: FeatureStore) -> None:
+    """What every message advises must work: ingesting again restores what is missing or cut."""
+    manifest = fresh.manifest("tiny")
+    entries = [*manifest["parts"].values(), *manifest["text"].values()]
+    for entry in entries:
+        path = Path(fresh.storage.url) / entry["blob"]
+        path.unlink()
+        assert fresh.verify("tiny")
+        assert fresh.put(raw)[1] and fresh.verify("tiny") == []
+        path.write_bytes(path.read_bytes()[:-3])
+        assert fresh.put(raw)[1] and fresh.verify("tiny") == []
+    assert fresh.open("tiny").info.digest == raw.digest()
+
+
+def test_one_content_under_two_names(raw: RawBenchmark, fresh: FeatureStore) -> None:
+    fresh.put(replace(raw, name="alias"))
+    assert fresh.open(raw.digest()).info.digest == raw.digest()
+    assert {m["name"] for m in fresh.manifests()} == {"tiny", "alias"}
 
 
 def test_references(raw: RawBenchmark, fresh: FeatureStore) -> None:
@@ -306,7 +326,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_storage_contract(place: str, tmp_path: Path) -> None:
     storage = open_storage(place)
-    assert storage.keys("") == [] and not storage.exists("a/b")
+    assert storage.keys("") == [] and storage.size("a/b") is None
     for missing in (storage.read, lambda key: storage.download(key, tmp_path / "x")):
         with pytest.raises(KeyError):
             missing("a/b")
@@ -317,6 +337,7 @@ def test_storage_contract(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"three")
     storage.upload("c", tmp_path / "file")
     assert storage.read("a/b") == b"two" and storage.read("a/bc/d") == b""
+    assert storage.size("a/b") == 3 and storage.size("a/bc/d") == 0
     assert storage.keys("") == ["a/b", "a/bc/d", "c"]
     assert storage.keys("a/") == ["a/b", "a/bc/d"] and storage.keys("a/b") == ["a/b", "a/bc/d"]
     assert storage.keys("nothing/") == []

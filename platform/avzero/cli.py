@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from avzero.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from avzero.data.avca import Progress
+    from avzero.data.benchmark import Progress
     from avzero.spec import Job
     from avzero.tune.listener import Listener
 
@@ -55,7 +56,9 @@ def _console() -> Console:
     from rich.console import Console
 
     # Into a file or a pipe nothing is cut off: a line may be as long as it needs.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    # No markup: what is printed holds paths and names of other people's making.
+    width = None if sys.stdout.isatty() else 160
+    return Console(highlight=False, markup=False, width=width)
 
 
 def _progress(console: Console) -> Progress:
@@ -103,7 +106,8 @@ def ingest_avca(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Read a release in the AVCA layout: checked, digested, stored as Parquet."""
-    from avzero.data.avca import ReadOptions, read_avca
+    from avzero.data.avca import read_avca
+    from avzero.data.release import ReadOptions
     from avzero.data.store import FeatureStore
 
     console = _console()
@@ -118,7 +122,7 @@ def ingest_avca(
     raw = read_avca(
         root,
         features,
-        split or ("cls" if features == "cls" else "main"),
+        split or ("cls" if features.removesuffix("_features") == "cls" else "main"),
         name=name or None,
         options=ReadOptions(nonfinite, files),
         progress=progress,
@@ -161,6 +165,8 @@ def data_verify(
     from avzero.data.store import FeatureStore
 
     target = FeatureStore(store)
+    if not benchmark and not target.manifests():
+        raise UserError(f"{store}: holds no benchmarks; check --store")
     names = [benchmark] if benchmark else [f"{m['name']}@{m['digest']}" for m in target.manifests()]
     problems = [problem for name in names for problem in target.verify(name)]
     if problems:
@@ -244,20 +250,20 @@ def models(name: Annotated[str, typer.Argument(help="One system, in full.")] = "
         )
     console.print(table)
     for point in space.published:
-        console.print(
-            f"{point.dataset} {point.features}: {point.values}  [{point.source}]", markup=False
-        )
+        console.print(f"{point.dataset} {point.features}: {point.values}  [{point.source}]")
 
 
 def _open_job(sweep: str, store: str | None, tracking: str | None) -> Job:
     """Read a job from its file or, by name, from the store; apply the command line's options."""
     from avzero.data.storage import open_storage
-    from avzero.spec import Job, load_job, validate
+    from avzero.spec import PLAIN_NAME, Job, load_job, validate
 
     if Path(sweep).suffix in (".yaml", ".yml") or Path(sweep).is_file():
         job = load_job(Path(sweep))
     else:
         place = open_storage(store or DEFAULT_STORE)
+        if not PLAIN_NAME.fullmatch(sweep):
+            raise UserError(f"{sweep!r} is neither a job file nor a sweep's name")
         try:
             stored = json.loads(place.read(f"sweeps/{sweep}/job.json"))
         except KeyError as error:
@@ -312,14 +318,17 @@ def sweep(
     console = _console()
     run = Sweep(job, FeatureStore(job.store))
     run.listeners = tuple(_listeners(job, console))
-    if not run.remaining:
-        run.run()
-        return
-    console.print(f"Starting Ray{' at ' + address if address else ' on this machine'} …")
-    with ray_cluster(address):
+    if run.remaining:
+        console.print(f"Starting Ray{' at ' + address if address else ' on this machine'} …")
+    with ray_cluster(address) if run.remaining else nullcontext():
         finished = run.run()
     if not finished:
         raise typer.Exit(130)
+    failures = run.failures()
+    for key, reason in failures.items():
+        sys.stderr.write(f"avzero: {key}: no trial is complete: {reason}\n")
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command("test")
@@ -330,20 +339,21 @@ def test_command(
     address: AddressOption = None,
 ) -> None:
     """Freeze a sweep's winner, train stage 2, and look at TEST once."""
-    from contextlib import nullcontext
-
     from avzero.cluster.connect import ray_cluster
     from avzero.data.store import FeatureStore
     from avzero.report.table import leaderboard, render
-    from avzero.tune.final import run_final
+    from avzero.tune.final import freeze, run_final
     from avzero.tune.sweep import Sweep
 
     job = _open_job(job_file, store, tracking)
     console = _console()
     run = Sweep(job, FeatureStore(job.store))
+    plan = freeze(run)
+    on_cluster = address is not None
     listeners = _listeners(job, console)
-    with ray_cluster(address) if job.test.workers > 1 else nullcontext():
-        for _ in run_final(run, listeners):
+    needs_ray = plan.pending and (on_cluster or job.test.workers > 1)
+    with ray_cluster(address) if needs_ray else nullcontext():
+        for _ in run_final(plan, listeners, on_cluster):
             pass
     console.print(render(leaderboard(run.store.storage, [job.name]), console.width))
 

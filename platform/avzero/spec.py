@@ -32,6 +32,11 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+PLAIN_NAME_RULE = "use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a-z or 0-9"
+"""Names of benchmarks and jobs become keys in a store, so they are kept plain."""
+
+
 class Strict(BaseModel):
     """Base of everything a user may write: no unknown keys, no later changes, no NaN."""
 
@@ -162,6 +167,12 @@ class Resources(Strict):
     max_failures: int = Field(2, ge=0)
     """Restarts of a trial whose worker died; a wrong configuration is not tried again."""
 
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Resources:
+        if self.workers > 1 and self.gpus != int(self.gpus):
+            raise ValueError("gpus must be whole with several workers: NCCL allows one per GPU")
+        return self
+
 
 class TestPlan(Strict):
     """Stage 2 and the one look at TEST."""
@@ -206,8 +217,8 @@ class Job(Strict):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", value):
-            raise ValueError("use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a-z or 0-9")
+        if not PLAIN_NAME.fullmatch(value):
+            raise ValueError(PLAIN_NAME_RULE)
         return value
 
     @field_validator("benchmarks", "models")
@@ -234,8 +245,7 @@ class Job(Strict):
         """Return what may not change once the sweep has trials; the rest may be extended."""
         data = self.model_dump(mode="json")
         search = {k: v for k, v in data["search"].items() if k not in ("trials", "points")}
-        keep = ("name", "benchmarks", "models", "protocol", "train", "fixed", "seed")
-        return {key: data[key] for key in keep} | {"search": search}
+        return {key: data[key] for key in ("protocol", "train", "seed")} | {"search": search}
 
 
 class Task(Strict):
@@ -320,7 +330,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """Return the first problem of a validation error as ``field: what, what to do``."""
     # A misspelt key shows up twice, as unknown and as missing; the first says more.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part).removesuffix("_") for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
         hint = f"; known keys: {', '.join(known)}" if known else ""
@@ -341,7 +351,7 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
         current = getattr(field, "annotation", None)
         if not (isinstance(current, type) and issubclass(current, BaseModel)):
             return []
-    return sorted(current.model_fields)
+    return sorted(field.alias or name for name, field in current.model_fields.items())
 
 
 def load_job(path: Path) -> Job:

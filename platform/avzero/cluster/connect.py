@@ -46,7 +46,8 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
         if address:
             ray.init(address=address, **common)
         else:
-            ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **common)
+            # "local": a cluster of our own even where RAY_ADDRESS is set or another one runs.
+            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"Ray at {address or 'this machine'}: cannot connect ({error}); check the address, "

@@ -8,7 +8,7 @@ in this module can hold both unless it was just read from a release (``RawBenchm
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -24,6 +24,9 @@ Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 Int8 = npt.NDArray[np.int8]
 Bool = npt.NDArray[np.bool_]
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total) by whatever takes long."""
 
 AUDIO = "audio"
 VIDEO = "video"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from avzero.data.columns import cache_samples, copy_column, map_samples, read_sa
 from avzero.data.storage import disk_errors, require_space
 from avzero.errors import UserError
 
+_ELSEWHERE = "set AVZERO_CACHE to another folder"
+_DAY = 86_400.0
+
 
 def cache_root() -> Path:
     """Return the cache folder: ``AVZERO_CACHE`` or ``~/.cache/avzero``."""
@@ -35,7 +39,13 @@ class NodeCache:
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or cache_root()
 
-    def open(self, digest: str, entry: Mapping[str, Any], fetch: Callable[[Path], Path]) -> Part:
+    def open(
+        self,
+        digest: str,
+        entry: Mapping[str, Any],
+        fetch: Callable[[Path], Path],
+        scratch_bytes: int = 0,
+    ) -> Part:
         """Return a part as memory-mapped arrays.
 
         Args:
@@ -43,6 +53,7 @@ class NodeCache:
             entry: the manifest's description of the part (rows, dims, content digests, bytes).
             fetch: called with a scratch folder when the entry is missing; returns the Parquet
                 file, which may lie in that folder.
+            scratch_bytes: what ``fetch`` puts into the scratch folder.
 
         Raises:
             UserError: the file is damaged, or the device is full.
@@ -55,7 +66,7 @@ class NodeCache:
             # Another process may have filled the entry while this one waited.
             part = self._map(folder, entry)
             if part is None:
-                self._fill(folder, entry, fetch)
+                self._fill(folder, entry, fetch, scratch_bytes)
                 part = self._map(folder, entry)
         if part is None:
             raise UserError(f"{folder}: cache entry unusable; delete the folder and try again")
@@ -78,11 +89,18 @@ class NodeCache:
             return None
         return Part(samples, features) if len(samples) == rows else None
 
-    def _fill(self, folder: Path, entry: Mapping[str, Any], fetch: Callable[[Path], Path]) -> None:
+    def _fill(
+        self,
+        folder: Path,
+        entry: Mapping[str, Any],
+        fetch: Callable[[Path], Path],
+        scratch_bytes: int,
+    ) -> None:
         """Make an entry in a scratch folder and rename it into place."""
         needed = sum(4 * int(entry["rows"]) * int(width) for width in entry["dims"].values())
-        with disk_errors(self.root):
-            require_space(self.root, needed)
+        with disk_errors(self.root, _ELSEWHERE):
+            self._remove_leftovers()
+            require_space(self.root, needed + scratch_bytes)
             scratch = self.root / f".tmp-{uuid.uuid4().hex}"
             scratch.mkdir(parents=True)
             try:
@@ -110,10 +128,16 @@ class NodeCache:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
 
+    def _remove_leftovers(self) -> None:
+        """Remove scratch folders of processes that were killed more than a day ago."""
+        for leftover in self.root.glob(".tmp-*"):
+            if time.time() - leftover.stat().st_mtime > _DAY:
+                shutil.rmtree(leftover, ignore_errors=True)
+
     @contextmanager
     def _one_at_a_time(self, digest: str) -> Iterator[None]:
         """Let one process of the node fill an entry while others wait; a saving, not a guard."""
-        with disk_errors(self.root):
+        with disk_errors(self.root, _ELSEWHERE):
             self.root.mkdir(parents=True, exist_ok=True)
             handle = (self.root / f".{digest}.lock").open("w")
         with handle:

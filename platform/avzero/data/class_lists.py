@@ -184,13 +184,14 @@ def read_csv(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str,
         UserError: the file cannot be read, a column in ``needed`` is missing, or a row is short.
     """
     reader = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
-    header = reader.fieldnames or []
-    missing = [column for column in needed if column not in header]
-    if missing:
-        raise UserError(
-            f"{path}:1: no column {missing[0]!r}; the header has {', '.join(header) or 'nothing'}"
-        )
     try:
+        header = reader.fieldnames or []
+        missing = [column for column in needed if column not in header]
+        if missing:
+            raise UserError(
+                f"{path}:1: no column {missing[0]!r}; the header has "
+                f"{', '.join(header) or 'nothing'}"
+            )
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"{path}:{reader.line_num}: {len(header)} columns expected")
@@ -257,5 +258,5 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: no such file; is this the root of an AVCA release?") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except (OSError, IsADirectoryError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

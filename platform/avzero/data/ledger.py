@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import socket
 import uuid
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ class Opening:
     """
 
     benchmark: str
+    model: str
     trial: str
     run: str
     frozen: str
@@ -37,7 +39,7 @@ class Opening:
         """Return the ledger line: the request plus who, where and when."""
         return asdict(self) | {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "user": getpass.getuser(),
+            "user": _user(),
             "host": socket.gethostname(),
         }
 
@@ -54,6 +56,14 @@ def read_openings(storage: Storage, benchmark: str) -> list[dict[str, Any]]:
     """Return all ledger lines of a benchmark, oldest first."""
     lines = [json.loads(storage.read(key)) for key in storage.keys(_prefix(benchmark))]
     return sorted(lines, key=lambda line: (line["time"], line["run"]))
+
+
+def _user() -> str:
+    """Return the user's name; containers often run under a number without one."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def _prefix(benchmark: str) -> str:

@@ -113,5 +113,7 @@ def _unpickle_object_array(path: Path) -> Any:
         return array.item() if isinstance(array, np.ndarray) and array.shape == () else array
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except _DAMAGED as error:
         raise UserError(f"{path}: truncated or damaged ({error}); {remedy}") from error

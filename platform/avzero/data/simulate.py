@@ -24,14 +24,13 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from avzero.data.avca import SIMULATED_MARKER
-from avzero.data.benchmark import AUDIO, VIDEO, Float32, Role
+from avzero.data.benchmark import AUDIO, VIDEO, Float32, Progress, Role
 from avzero.data.class_lists import FOLDER_OF_ROLE, STAGE_2_TRAIN
 from avzero.data.official import OFFICIAL
+from avzero.data.release import SIMULATED_MARKER
 from avzero.data.storage import disk_errors, require_space
 from avzero.errors import UserError
 
-Rng = np.random.Generator
 LATENT = 8
 TEXT_WIDTH = 300
 DIMS: Mapping[str, Mapping[str, int]] = {
@@ -117,7 +116,7 @@ def simulate(
     root: Path,
     size: str,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Path:
     """Write a simulated dataset in the AVCA layout.
 
@@ -138,7 +137,7 @@ def simulate(
         raise UserError(f"simulate: no size {size!r}; choose one of {', '.join(SHAPES)}")
     marker = root / SIMULATED_MARKER
     stamp = {"size": size, "seed": seed, "version": 1}
-    if marker.exists() and json.loads(marker.read_text()) == stamp:
+    if marker.exists() and marker.read_text() == json.dumps(stamp):
         return root
     if root.exists():
         raise UserError(
@@ -339,7 +338,7 @@ def _features(world: _World, role: Role, class_id: int, count: int) -> dict[str,
     return result
 
 
-def _write_features(world: _World, root: Path, progress: Callable[[str, int, int], None]) -> None:
+def _write_features(world: _World, root: Path, progress: Progress) -> None:
     """Write one HDF5 file per class, split folder and modality, stage_2_train included."""
     base = root / "features" / f"{world.shape.features}_features"
     stage_2: dict[int, list[tuple[Role, int]]] = {}

@@ -42,8 +42,8 @@ class Storage(Protocol):
     def keys(self, prefix: str) -> list[str]:
         """Return the sorted keys that start with ``prefix``."""
 
-    def exists(self, key: str) -> bool:
-        """Return whether an object exists."""
+    def size(self, key: str) -> int | None:
+        """Return an object's size in bytes, None when it does not exist."""
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is no error."""
@@ -63,19 +63,17 @@ def open_storage(url: str) -> Storage:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the file system's refusals into one clear line."""
+def disk_errors(path: Path, elsewhere: str = "choose another --store") -> Iterator[None]:
+    """Turn the file system's refusals into one clear line that ends with ``elsewhere``."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
-                f"{path}: no space left on the device; free some, or choose another --store"
+                f"{path}: no space left on the device; free some, or {elsewhere}"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); choose another --store"
-            ) from error
+            raise UserError(f"{path}: cannot be written ({error.strerror}); {elsewhere}") from error
         raise
 
 
@@ -127,6 +125,9 @@ class LocalStorage:
             except OSError:
                 require_space(self.root, path.stat().st_size)
                 shutil.copyfile(path, temporary)
+            # On the disk before a manifest may name it.
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
 
     def download(self, key: str, path: Path) -> None:
         """Copy an object to a local file. Raises ``KeyError`` when it does not exist."""
@@ -150,9 +151,10 @@ class LocalStorage:
         )
         return sorted(key for key in found if key.startswith(prefix))
 
-    def exists(self, key: str) -> bool:
-        """Return whether an object exists."""
-        return self._path(key).is_file()
+    def size(self, key: str) -> int | None:
+        """Return an object's size in bytes, None when it does not exist."""
+        path = self._path(key)
+        return path.stat().st_size if path.is_file() else None
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is no error."""
@@ -182,22 +184,19 @@ class S3Storage:
         bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
-        self._client: Any = boto3.client(
-            "s3",
-            config=Config(
-                retries={"mode": "standard", "max_attempts": 5},
-                connect_timeout=5,
-                read_timeout=60,
-            ),
+        config = Config(
+            retries={"mode": "standard", "max_attempts": 5}, connect_timeout=5, read_timeout=60
         )
         with self._errors(""):
+            self._client: Any = boto3.client("s3", config=config)
             self._client.head_bucket(Bucket=bucket)
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:
         """Turn what S3 or the network refuses into one clear line; a missing key is KeyError."""
-        from boto3.exceptions import S3UploadFailedError
+        from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
+        from s3transfer.exceptions import RetriesExceededError
 
         where = f"{self.url}/{key}" if key else self.url
         try:
@@ -213,7 +212,7 @@ class S3Storage:
                 "AccessDenied": "access denied; check the credentials and the bucket's policy",
             }.get(code, f"the store refused ({code}: {error}); check the URL and credentials")
             raise UserError(f"{where}: {remedy}") from error
-        except (BotoCoreError, S3UploadFailedError) as error:
+        except (BotoCoreError, Boto3Error, RetriesExceededError, ValueError) as error:
             raise UserError(
                 f"{where}: cannot be reached ({error}); check AWS_ENDPOINT_URL_S3, the "
                 "credentials and the network"
@@ -260,14 +259,14 @@ class S3Storage:
                 found.extend(entry["Key"] for entry in page.get("Contents", ()))
         return sorted(key.removeprefix(self._prefix) for key in found)
 
-    def exists(self, key: str) -> bool:
-        """Return whether an object exists."""
+    def size(self, key: str) -> int | None:
+        """Return an object's size in bytes, None when it does not exist."""
         try:
             with self._errors(key):
-                self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
+                head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
         except KeyError:
-            return False
-        return True
+            return None
+        return int(head["ContentLength"])
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is no error."""

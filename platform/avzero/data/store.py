@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from avzero.data.benchmark import (
     Classes,
     ClassRole,
     Part,
+    Progress,
     RawBenchmark,
     TextSet,
     array_digest,
@@ -36,7 +37,6 @@ from avzero.data.storage import Storage, disk_errors, open_storage, require_spac
 from avzero.errors import UserError
 
 SCHEMA = 1
-Progress = Callable[[str, int, int], None]
 
 
 class FeatureStore:
@@ -59,8 +59,9 @@ class FeatureStore:
         contents = {"open": part_digest(raw.open), "test": part_digest(raw.test)}
         digest = content_digest(raw, contents)
         key = f"benchmarks/{raw.name}/{digest}.json"
-        if self.storage.exists(key):
-            return self.info(f"{raw.name}@{digest}"), False
+        known = self._whole(key)
+        if known is not None:
+            return self._info(known), False
         scratch_at = self.storage.local_path("blobs")
         if scratch_at is not None:
             require_space(scratch_at, _raw_bytes(raw))
@@ -97,37 +98,41 @@ class FeatureStore:
         self.storage.write(key, canonical(manifest).encode())
         return self._info(manifest), True
 
+    def _whole(self, key: str) -> dict[str, Any] | None:
+        """Return a stored manifest whose blobs are all there in full size, else None."""
+        try:
+            manifest: dict[str, Any] = json.loads(self.storage.read(key))
+        except KeyError:
+            return None
+        entries = [*manifest["parts"].values(), *manifest["text"].values()]
+        whole = all(self.storage.size(e["blob"]) == e["bytes"] for e in entries)
+        return manifest if whole and manifest["schema"] == SCHEMA else None
+
     def _put_part(
         self, scratch: Path, name: str, part: Part, content: Mapping[str, Any], progress: Progress
     ) -> dict[str, Any]:
         """Write one part as a blob; return its manifest entry."""
         path = scratch / f"{name}.parquet"
         write_part(path, part, lambda done, total: progress(f"writing {name}", done, total))
-        sha256 = sha256_file(path)
-        blob = f"blobs/{sha256}.parquet"
-        size = path.stat().st_size
-        self.storage.upload(blob, path)
-        path.unlink(missing_ok=True)
-        return {
-            "blob": blob,
-            "sha256": sha256,
-            "bytes": size,
+        return self._put_blob(path) | {
             "rows": len(part.samples),
             "dims": {name: int(array.shape[1]) for name, array in part.features.items()},
             "content": content,
         }
 
+    def _put_blob(self, path: Path) -> dict[str, Any]:
+        """Move a scratch file under its digest; return where it is and how large."""
+        sha256 = sha256_file(path)
+        blob, size = f"blobs/{sha256}.parquet", path.stat().st_size
+        self.storage.upload(blob, path)
+        path.unlink(missing_ok=True)
+        return {"blob": blob, "sha256": sha256, "bytes": size}
+
     def _put_text(self, scratch: Path, text: TextSet) -> dict[str, Any]:
         """Write one text set as a blob; return its manifest entry."""
         path = scratch / "text.parquet"
         write_vectors(path, text.keys, text.vectors)
-        sha256 = sha256_file(path)
-        blob = f"blobs/{sha256}.parquet"
-        self.storage.upload(blob, path)
-        path.unlink(missing_ok=True)
-        return {
-            "blob": blob,
-            "sha256": sha256,
+        return self._put_blob(path) | {
             "content": array_digest(text.vectors),
             "key_of_class": dict(text.key_of_class),
         }
@@ -153,7 +158,7 @@ class FeatureStore:
             if (m["name"] == name and m["digest"].startswith(head))
             or (not head and len(name) >= 8 and m["digest"].startswith(name))
         ]
-        if len(found) == 1:
+        if len({m["digest"] for m in found}) == 1:  # one content, perhaps under several names
             if found[0]["schema"] != SCHEMA:
                 raise UserError(
                     f"benchmark {reference}: manifest schema {found[0]['schema']}, this avzero "
@@ -244,6 +249,7 @@ class FeatureStore:
             identity([entry["content"], entry["rows"]]),
             entry,
             lambda scratch: self._fetch(entry, scratch),
+            0 if self.storage.local_path(entry["blob"]) else entry["bytes"],
         )
         return Benchmark(self._info(manifest), part)
 

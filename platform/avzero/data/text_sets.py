@@ -13,7 +13,15 @@ from avzero.errors import UserError
 
 def find_text_files(feature_root: Path) -> dict[str, Path]:
     """Return {text set name: file} of the ``text`` folder of a feature set."""
-    files = {text_set_name(path): path for path in sorted((feature_root / "text").glob("*.npy"))}
+    files: dict[str, Path] = {}
+    for path in sorted((feature_root / "text").glob("*.npy")):
+        name = text_set_name(path)
+        if name in files:
+            raise UserError(
+                f"{path}: would be text set {name!r}, as {files[name].name} is; remove one, or say "
+                f"which with --text {name}=FILE"
+            )
+        files[name] = path
     if not files:
         raise UserError(
             f"{feature_root / 'text'}: no .npy text vectors; copy "

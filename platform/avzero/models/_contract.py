@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from avzero.spec import Strict
@@ -82,8 +81,6 @@ class Card:
 
 class ModelConfig(Strict):
     """Base of a system's hyperparameters; every field has a default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(nn.Module, ABC):

@@ -105,12 +105,11 @@ class AVCA(Model):
         decoded = [w, w_, a, a_, v, v_] if self.bn_legacy_updates else [w, a, a_, v, v_]
         rho = self.D(torch.stack(decoded, dim=1), context).unbind(1)
         rho_w, (rho_a, rho_a_, rho_v, rho_v_) = rho[0], rho[-4:]
-        rec_a = self.A_rec(a, context.salted(1))
-        rec_v = self.V_rec(v, context.salted(1))
+        rec_a, rec_v = self.A_rec(a, context), self.V_rec(v, context)
         if self.bn_legacy_updates:
             with torch.no_grad():
-                self.V_proj(rec_v.detach(), context.salted(2))
-                self.A_proj(rec_a.detach(), context.salted(2))
+                self.V_proj(rec_v.detach(), context.salted(1))
+                self.A_proj(rec_a.detach(), context.salted(1))
         # (anchor, positive, negative) of l_w and l_t, then of l_ct.
         joint = triplets(
             torch.stack([w, w, a, v, a, v, w, w], dim=1),
@@ -148,7 +147,7 @@ class AVCA(Model):
     def settle(self, batch: Batch, context: Context) -> None:
         """With legacy updates: one more train-mode pass of the anchors (avca.md section 5)."""
         if self.bn_legacy_updates:
-            again = context.salted(3)
+            again = context.salted(2)
             self._branches({m: x[:, 0] for m, x in batch.features.items()}, again)
             self.W_proj(batch.text[:, 0], again)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from avzero.errors import UserError
 from avzero.protocol.scoring import Nearest, Scores
 from avzero.spec import Protocol
 
@@ -38,7 +39,15 @@ class Calibration:
             beta = sum(self.betas.values()) / len(self.betas)
         else:
             beta = self.betas[modality]
-        return beta * test_scale / self.scale if protocol.calibration == "scaled" else beta
+        if protocol.calibration == "absolute":
+            return beta
+        if self.scale == 0:
+            raise UserError(
+                "calibration scaled: the class embeddings of stage 1 coincide, so beta has no "
+                "unit; use calibration: absolute"
+            )
+        ratio = test_scale / self.scale
+        return beta * (ratio**2 if protocol.distance == "squared_l2" else ratio)
 
 
 def calibrate(

@@ -79,7 +79,7 @@ def site_keys(key: int, steps: int, sites: int, device: torch.device) -> Tensor:
     return (bits >> 32).to(torch.int32).view(steps, sites, 2)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _lattice(size: int, device: torch.device) -> Tensor:
     """Return the first mixing round of elements 0 … size - 1 (int32)."""
     x = torch.arange(size, dtype=torch.int64, device=device)

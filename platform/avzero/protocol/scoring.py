@@ -20,8 +20,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from avzero.errors import UserError
-
 Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -107,16 +105,13 @@ class Nearest:
             unseen_ids: int64 [K_u] ascending.
 
         Raises:
-            UserError: a distance is NaN: the model diverged or a class has no text vector.
+            FloatingPointError: a distance is NaN: the model diverged.
         """
         a, s = seen_distances.min(dim=1)
         b, u = unseen_distances.min(dim=1)
         gap = b.to(torch.float64) - a.to(torch.float64)
         if torch.isnan(gap).any():
-            raise UserError(
-                "evaluation: a distance is NaN; the model diverged (lower lr) or a class has no "
-                "text vector"
-            )
+            raise FloatingPointError("a distance to a class is NaN")
         nearest_seen, nearest_unseen = seen_ids[s], unseen_ids[u]
         is_seen = torch.isin(target, seen_ids)
         hit = torch.where(is_seen, nearest_seen == target, nearest_unseen == target)

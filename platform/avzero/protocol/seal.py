@@ -82,6 +82,7 @@ def open_test(
     """Open TEST for the stage-2 run of a frozen trial, leaving a line in the ledger first."""
     opening = Opening(
         benchmark=frozen.task.benchmark,
+        model=frozen.task.model,
         trial=frozen.task.id,
         run=stage_2.id,
         frozen=frozen.digest,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.live import Live
@@ -20,6 +21,7 @@ from avzero.tune.listener import FinalView, Listener, TrialView
 from avzero.tune.space import Group
 
 _ROWS = 12
+_SCORES = ("HM", "S", "U", "ZSL")
 _STYLE = {"running": "cyan", "complete": "green", "pruned": "yellow", "failed": "red"}
 
 
@@ -79,24 +81,24 @@ class ConsoleProgress(Listener):
 
     def epoch_ended(self, trial: TrialView, epoch: Epoch) -> None:
         """Update a row."""
-        if epoch.replayed and epoch.epoch == trial.epochs[-1].epoch and not self._live:
-            return
         self._refresh()
 
     def trial_ended(self, trial: TrialView) -> None:
         """Update a row; without a live table print a line."""
+        self._trials[f"{trial.group.key}/{trial.number}"] = trial
         if self._live:
             self._refresh()
             return
         ended = sum(t.state != "running" for t in self._trials.values())
         left = self._time_left()
+        twin = "" if trial.twin_of is None else f" (same configuration as trial {trial.twin_of})"
         self.console.print(
             f"[{ended}/{self._wanted}] {trial.group.key} trial {trial.number}: {trial.state}"
             f"{', HM ' + format(100 * trial.hm, '.2f') if trial.best else ''}"
             f" after {len(trial.epochs)} epochs"
             f"{': ' + trial.reason if trial.reason else ''}"
-            f"{', about ' + duration(left) + ' left' if left and ended < self._wanted else ''}",
-            markup=False,
+            f"{twin}"
+            f"{', about ' + duration(left) + ' left' if left and ended < self._wanted else ''}"
         )
 
     def sweep_ended(self, trials: Sequence[TrialView], interrupted: bool) -> None:
@@ -123,16 +125,19 @@ class ConsoleProgress(Listener):
             )
 
     def final_started(self, final: FinalView) -> None:
-        """Say that a stage-2 run begins."""
+        """Say that a final run begins."""
         if final.stored:
             return
+        what = "TRAIN + VAL, everything frozen" if final.task.stage == 2 else "TRAIN, another seed"
         self.console.print(
-            f"Stage 2, {final.group.key}, seed {final.task.seed}: "
-            f"{final.task.train.epochs} epochs on TRAIN + VAL with the frozen settings"
+            f"Stage {final.task.stage}, {final.group.key}, seed {final.task.seed}: "
+            f"{final.task.train.epochs} epochs on {what}"
         )
 
     def final_epoch_ended(self, final: FinalView, epoch: Epoch) -> None:
         """Print a line per epoch, with the time left."""
+        if epoch.replayed:
+            return
         done, total = epoch.epoch + 1, final.task.train.epochs
         if done == 1:  # starting the workers is not part of the pace
             self._started = time.monotonic() - epoch.seconds
@@ -150,7 +155,7 @@ class ConsoleProgress(Listener):
         scores = result.scores[BOTH]
         text = "  ".join(f"{k} {100 * scores[k]:.2f}" for k in ("S", "U", "HM", "ZSL"))
         self.console.print(
-            f"[bold]TEST[/bold], {final.group.key}, seed {final.task.seed}: {text}  "
+            f"TEST, {final.group.key}, seed {final.task.seed}: {text}  "
             f"(beta {scores['beta']:.3g} carried from VAL)"
             f"{'; stored result, TEST was not opened again' if final.stored else ''}"
         )
@@ -182,26 +187,11 @@ class ConsoleProgress(Listener):
         trials = list(self._trials.values())
         running = [t for t in trials if t.state == "running"]
         ended = sorted((t for t in trials if t.state != "running"), key=lambda t: -t.hm)
-        table = Table(expand=False, pad_edge=False)
-        for name in (
-            "benchmark and system",
-            "trial",
-            "state",
-            "epoch",
-            "HM",
-            "S",
-            "U",
-            "ZSL",
-            "settings",
-        ):
-            table.add_column(
-                name,
-                justify="left"
-                if name in ("benchmark and system", "state", "settings")
-                else "right",
-                no_wrap=True,
-                overflow="ellipsis",
-            )
+        table = Table(expand=True, pad_edge=False, box=SIMPLE_HEAD)
+        table.add_column("benchmark--system", no_wrap=True, ratio=3, min_width=12)
+        for name, width in (("trial", 5), ("state", 8), ("epoch", 7), *((k, 5) for k in _SCORES)):
+            table.add_column(name, justify="right", no_wrap=True, min_width=width)
+        table.add_column("settings", no_wrap=True, ratio=4)
         for trial in (running + ended)[:_ROWS]:
             table.add_row(*self._cells(trial))
         counts = {s: sum(t.state == s for t in trials) for s in _STYLE}
@@ -220,7 +210,7 @@ class ConsoleProgress(Listener):
     def _cells(self, trial: TrialView) -> list[Any]:
         """Return one row."""
         best = trial.best
-        scores = [f"{100 * best.val[k]:.2f}" if best else "-" for k in ("HM", "S", "U", "ZSL")]
+        scores = [f"{100 * best.val[k]:.2f}" if best else "-" for k in _SCORES]
         values = " ".join(
             f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}"
             for k, v in sorted(trial.values.items())

@@ -10,19 +10,21 @@ MLflow is written by the driver only, between results; no training step waits fo
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import logging
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from avzero.canon import ID_LENGTH
 from avzero.errors import UserError
 from avzero.protocol.calibration import BOTH
 from avzero.revision import code_revision
@@ -47,6 +49,36 @@ class _Run:
     flushed: float = field(default_factory=time.monotonic)
 
 
+Hook = TypeVar("Hook", bound=Callable[..., None])
+
+
+def _guarded(hook: Hook) -> Hook:
+    """Let a tracker that stops answering cost its records only, never a trial.
+
+    What is missed is in the store, and ``sweep_ended`` or the next command fills it in.
+    """
+
+    @functools.wraps(hook)
+    def wrapper(self: MlflowTracker, *arguments: Any) -> None:
+        from botocore.exceptions import BotoCoreError
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if self.down:
+            return
+        try:
+            hook(self, *arguments)
+        except (MlflowException, SQLAlchemyError, BotoCoreError, OSError) as error:
+            self.down = True
+            sys.stderr.write(
+                f"avzero: MLflow at {self.uri} has stopped answering "
+                f"({str(error).splitlines()[0]}); the sweep goes on, results are in the store, and "
+                "the next avzero sweep or test fills the missing runs in\n"
+            )
+
+    return wrapper  # type: ignore[return-value]
+
+
 class MlflowTracker(Listener):
     """Logs a sweep and its final runs.
 
@@ -63,16 +95,20 @@ class MlflowTracker(Listener):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("DO_NOT_TRACK", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        # The default retries block for minutes, and Ray Tune's loop with them.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         logging.getLogger("alembic").setLevel(logging.ERROR)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
         self._job = job
+        self.uri = uri
+        self.down = False
         try:
-            with _few_retries():
-                self._client: Any = MlflowClient(tracking_uri=uri)
-                self._client.search_experiments(max_results=1)
+            self._client: Any = MlflowClient(tracking_uri=uri)
+            self._client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise UserError(
                 f"MLflow at {uri}: does not answer ({str(error).splitlines()[0]}); start it, "
@@ -84,44 +120,59 @@ class MlflowTracker(Listener):
 
     # -- the run tree ---------------------------------------------------------------------------
 
+    @_guarded
     def sweep_started(self, job: Job, groups: Sequence[Group], done: Sequence[TrialView]) -> None:
         """Make experiments and parent runs; fill in trials an earlier tracker did not see."""
         for group in groups:
-            self._parent(group)
-        for view in done:
-            if not self._is_finished(view.group, view.task.id):
-                self._start_trial(view).waiting.extend(view.epochs)
-                self.trial_ended(view)
+            self._client.update_run(self._parent(group), status="RUNNING")
+        self._fill_in(done)
 
+    def _fill_in(self, done: Sequence[TrialView]) -> None:
+        for view in done:
+            if view.twin_of is None and not self._is_finished(view.group, view.task.id):
+                self._start_trial(view).waiting.extend(view.epochs)
+                self._end_trial(view)
+
+    @_guarded
     def trial_started(self, trial: TrialView) -> None:
         """Create or find the trial's run."""
         self._start_trial(trial)
 
+    @_guarded
     def epoch_ended(self, trial: TrialView, epoch: Epoch) -> None:
         """Keep an epoch; send the kept ones every few seconds."""
         self._keep(self._runs[trial.task.id], epoch)
 
+    @_guarded
     def trial_ended(self, trial: TrialView) -> None:
         """Send what is left, the result and its artifacts; close the run."""
+        if trial.twin_of is None:
+            self._end_trial(trial)
+
+    def _end_trial(self, trial: TrialView) -> None:
         run = self._runs.pop(trial.task.id)
         self._flush(run)
-        run_id = run.id
         if trial.reason:
-            self._client.set_tag(run_id, "avzero.reason", trial.reason)
-        best = trial.best
+            self._client.set_tag(run.id, "avzero.reason", trial.reason)
         if trial.result is not None:
-            self._log_result(run_id, trial.result)
-        elif best is not None:
-            self._log_metrics(run_id, headline(best.val), 0)
+            self._log_result(run.id, trial.result)
+        elif trial.best is not None:
+            self._log_metrics(run.id, headline(trial.best.val))
         if trial.epochs:
             picture = learning_curves(trial.epochs, f"{trial.group.key}, trial {trial.number}")
-            self._artifact(run_id, "learning_curves.png", picture)
+            self._artifact(run.id, "learning_curves.png", picture)
         if trial.state == "complete" and self._job.tracking.checkpoints == "all":
-            self._weights(run_id, trial.folder)
-        self._client.set_terminated(run_id, status=_STATUS[trial.state])
+            self._weights(run.id, trial.folder)
+        self._client.set_terminated(run.id, status=_STATUS[trial.state])
 
     def sweep_ended(self, trials: Sequence[TrialView], interrupted: bool) -> None:
-        """Write the best trial of every group onto its parent run and close the parents."""
+        """Fill in what was missed, write the best trial onto its parent, close the parents."""
+        self.down = False  # a tracker that answers again gets everything now
+        self._close_sweep(trials, interrupted)
+
+    @_guarded
+    def _close_sweep(self, trials: Sequence[TrialView], interrupted: bool) -> None:
+        self._fill_in(trials)
         for key, parent in self._parents.items():
             mine = [t for t in trials if t.group.key == key and t.state == "complete"]
             if mine:
@@ -131,32 +182,43 @@ class MlflowTracker(Listener):
                 self._client.set_tag(parent, "avzero.best_trial", str(best.number))
             self._client.set_terminated(parent, status="KILLED" if interrupted else "FINISHED")
 
+    @_guarded
     def final_started(self, final: FinalView) -> None:
-        """Create or find the stage-2 run and the TEST run nested below the sweep's parent."""
-        if final.stored and self._is_finished(final.group, f"{final.task.id}-test"):
+        """Create or find the runs of a final task below the sweep's parent."""
+        for identity in [name for name in self._runs if name.endswith("-stage1")]:
+            self._finish(self._runs.pop(identity))
+        if final.stored and self._is_finished(final.group, _identity(final, "test")):
             return
-        for kind in ("stage2", "test"):
+        for kind in ("stage2", "test") if final.task.stage == 2 else ("stage1",):
             tags = {"avzero.trial": final.frozen.task.id, "avzero.frozen": final.frozen.digest}
             name = f"{final.group.model} {kind} seed {final.task.seed}"
-            run = self._start(final.group, f"{final.task.id}-{kind}", kind, name, tags)
+            run = self._start(final.group, _identity(final, kind), kind, name, tags)
             self._log_task(run.id, final.group, final.task, final.frozen.task.config)
 
+    @_guarded
     def final_epoch_ended(self, final: FinalView, epoch: Epoch) -> None:
-        """Keep an epoch of stage 2."""
-        self._keep(self._runs[f"{final.task.id}-stage2"], epoch)
+        """Keep an epoch of a final run."""
+        run = self._runs.get(_identity(final, f"stage{final.task.stage}"))
+        if run is not None:
+            self._keep(run, epoch)
 
+    @_guarded
     def test_scored(self, final: FinalView, result: Result) -> None:
         """Log the TEST scores; close the stage-2 run and the TEST run."""
-        if f"{final.task.id}-test" not in self._runs:
+        if _identity(final, "test") not in self._runs:
             return
-        stage_2, test = (self._runs.pop(f"{final.task.id}-{kind}") for kind in ("stage2", "test"))
-        self._flush(stage_2)
+        stage_2, test = (self._runs.pop(_identity(final, kind)) for kind in ("stage2", "test"))
         if self._job.tracking.checkpoints != "none":
             self._weights(stage_2.id, final.folder)
         self._log_result(test.id, result)
         self._client.set_tag(test.id, "avzero.test_opened", "true")
         for run in (stage_2, test):
-            self._client.set_terminated(run.id, status="FINISHED")
+            self._finish(run)
+
+    def _finish(self, run: _Run) -> None:
+        """Send what is left and close a run."""
+        self._flush(run)
+        self._client.set_terminated(run.id, status="FINISHED")
 
     # -- runs -----------------------------------------------------------------------------------
 
@@ -235,11 +297,11 @@ class MlflowTracker(Listener):
                 "avzero.revision": code_revision(),
                 "mlflow.runName": name,
             }
-            if parent:
+            if parent is not None:
                 every["mlflow.parentRunId"] = self._parent(group)
             run = self._client.create_run(self._experiment(group), tags=every | dict(tags))
             self._log_dataset(run.info.run_id, group)
-        else:
+        elif parent is not None:
             self._client.update_run(run.info.run_id, status="RUNNING")
         self._runs[identity] = _Run(run.info.run_id)
         return self._runs[identity]
@@ -303,12 +365,12 @@ class MlflowTracker(Listener):
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(run.id, metrics=metrics[start : start + 1000])
 
-    def _log_metrics(self, run_id: str, values: Mapping[str, float], step: int) -> None:
+    def _log_metrics(self, run_id: str, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         self._client.log_batch(
-            run_id, metrics=[Metric(key, value, now, step) for key, value in values.items()]
+            run_id, metrics=[Metric(key, value, now, 0) for key, value in values.items()]
         )
 
     def _log_result(self, run_id: str, result: Result) -> None:
@@ -317,7 +379,9 @@ class MlflowTracker(Listener):
             "AUSUC": 100 * result.area,
             "seconds": result.seconds,
         }
-        self._log_metrics(run_id, values, 0)
+        for name, value in result.extra.items():
+            values[name] = 100 * value
+        self._log_metrics(run_id, values)
         self._client.set_tag(run_id, "avzero.parameters", str(result.parameters))
         where = "VAL" if result.kind == "val" else "TEST"
         picture = seen_unseen_curve(result, f"{where}: seen-unseen curve, run {result.task}")
@@ -343,19 +407,10 @@ class MlflowTracker(Listener):
             self._client.log_artifact(run_id, str(path))
 
 
-@contextmanager
-def _few_retries() -> Iterator[None]:
-    """Let an unreachable server be noticed in seconds; MLflow's defaults try for minutes."""
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    value = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+def _identity(final: FinalView, kind: str) -> str:
+    """Return the identity of a final run; the same weights with another beta are another TEST."""
+    frozen = f"-{final.frozen.digest[:ID_LENGTH]}" if kind == "test" else ""
+    return f"{final.task.id}{frozen}-{kind}"
 
 
 def headline(scores: Mapping[str, float]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -19,28 +19,59 @@ from avzero.train.records import Epoch, TrainingFailed
 from avzero.train.world import global_world
 
 _POLL_SECONDS = 0.1
+_STOP_SECONDS = 120
 
 
-def drive(store: FeatureStore, task: Task, resources: Resources) -> Iterator[Epoch]:
+def drive(
+    store: FeatureStore, task: Task, resources: Resources, on_cluster: bool = False
+) -> Generator[Epoch, None, None]:
     """Run a task with the workers its resources ask for; yield its epochs.
 
     Closing the iterator stops the workers after their current epoch.
+
+    Args:
+        store: where the benchmark is and the run's folder will be.
+        task: the run.
+        resources: how many workers, and what each gets.
+        on_cluster: use Ray Train even for one worker, so that it runs where the resources are.
 
     Raises:
         UserError: something a person must correct.
         TrainingFailed: the configuration diverged.
     """
-    if resources.workers > 1:
+    if resources.workers > 1 or on_cluster:
         return _with_ray_train(store, task, resources)
     return _in_process(store, task, resources)
 
 
-def _in_process(store: FeatureStore, task: Task, resources: Resources) -> Iterator[Epoch]:
-    """Run the loop here, with the threads a worker would have: they decide the last bits."""
-    torch.set_num_threads(max(1, int(resources.cpus)))
-    device = "cuda" if resources.gpus and torch.cuda.is_available() else "cpu"
+def _device(resources: Resources) -> str:
+    """Return where one worker trains.
+
+    Raises:
+        UserError: a GPU is asked for and torch sees none.
+    """
+    if not resources.gpus:
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise UserError(
+            "resources.gpus: torch sees no GPU here; install a CUDA build of torch, or set gpus: 0"
+        )
+    return "cuda"
+
+
+def _threads(cpus: float) -> None:
+    """Use the threads a worker has: their number decides the last bits of a result."""
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+def _in_process(
+    store: FeatureStore, task: Task, resources: Resources
+) -> Generator[Epoch, None, None]:
+    """Run the loop here."""
+    _threads(resources.cpus)
     folder = RunFolder(store.storage, task)
-    yield from Trainer(task, store.open(task.benchmark), folder, None, device).epochs()
+    trainer = Trainer(task, store.open(task.benchmark), folder, None, _device(resources))
+    yield from trainer.epochs()
 
 
 class _Mailbox:
@@ -63,41 +94,56 @@ class _Mailbox:
         """Ask the workers to stop after their current epoch."""
         self._stop = True
 
+    def stopped(self) -> bool:
+        """Return whether the workers should stop."""
+        return self._stop
+
 
 def _worker(config: dict[str, Any]) -> None:
     """Run the loop on one Ray Train worker."""
     import ray
-    import ray.train
-    import ray.train.torch
 
-    torch.set_num_threads(max(1, int(config["cpus"])))
-    world = global_world()
     mailbox = config["mailbox"]
-    first = world is None or world.rank == 0
+    if ray.get(mailbox.stopped.remote()):
+        return  # a group restarted after its run was given up
     try:
-        store = FeatureStore(config["store"])
-        task = Task.model_validate(config["task"])
-        folder = RunFolder(store.storage, task)
-        device = str(ray.train.torch.get_device()) if config["gpus"] else "cpu"
-        trainer = Trainer(task, store.open(task.benchmark), folder, world, device)
-        for epoch in trainer.epochs():
-            stop = False
-            if first:
-                row = {"epoch": epoch.as_dict(), "replayed": epoch.replayed}
-                stop = ray.get(mailbox.put.remote(row))
-            ray.train.report({"epoch": epoch.epoch, "loss": epoch.loss, **epoch.val})
-            if world is not None:
-                stop = world.from_first(stop)
-            if stop:
-                return
+        _run_worker(config)
     except (UserError, TrainingFailed) as error:
-        # Every worker fails alike, and trying again is vain: report instead of raising.
-        if first:
-            ray.get(mailbox.put.remote({"failed": type(error).__name__, "message": str(error)}))
+        # Said at once, from whichever worker; the exception then takes down the group, whose
+        # other workers may be waiting for this one.
+        row = {"failed": isinstance(error, TrainingFailed), "message": str(error)}
+        ray.get(mailbox.put.remote(row))
+        ray.get(mailbox.stop.remote())
+        raise
 
 
-def _with_ray_train(store: FeatureStore, task: Task, resources: Resources) -> Iterator[Epoch]:
-    """Run the loop on several Ray Train workers; the records come through a mailbox."""
+def _run_worker(config: dict[str, Any]) -> None:
+    import ray
+    import ray.train
+
+    _threads(config["resources"]["cpus"])
+    world = global_world()
+    store = FeatureStore(config["store"])
+    task = Task.model_validate(config["task"])
+    folder = RunFolder(store.storage, task)
+    device = _device(Resources.model_validate(config["resources"]))
+    trainer = Trainer(task, store.open(task.benchmark), folder, world, device)
+    for epoch in trainer.epochs():
+        stop = False
+        if trainer.first:
+            row = {"epoch": epoch.as_dict(), "replayed": epoch.replayed}
+            stop = ray.get(config["mailbox"].put.remote(row))
+        ray.train.report({"epoch": epoch.epoch, "loss": epoch.loss, **epoch.val})
+        if world is not None:
+            stop = world.from_first(stop)
+        if stop:
+            return
+
+
+def _with_ray_train(
+    store: FeatureStore, task: Task, resources: Resources
+) -> Generator[Epoch, None, None]:
+    """Run the loop on Ray Train workers; the records come through a mailbox."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -110,8 +156,7 @@ def _with_ray_train(store: FeatureStore, task: Task, resources: Resources) -> It
                 "store": store.storage.url,
                 "task": task.model_dump(mode="json"),
                 "mailbox": mailbox,
-                "cpus": resources.cpus,
-                "gpus": resources.gpus,
+                "resources": resources.model_dump(mode="json"),
             },
             torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
             scaling_config=ScalingConfig(
@@ -129,16 +174,16 @@ def _with_ray_train(store: FeatureStore, task: Task, resources: Resources) -> It
         yield from _follow(trainer, mailbox)
 
 
-def _follow(trainer: Any, mailbox: Any) -> Iterator[Epoch]:
+def _follow(trainer: Any, mailbox: Any) -> Generator[Epoch, None, None]:
     """Yield the records of a fit that runs in a thread; each epoch once."""
     import ray
 
-    outcome: list[BaseException] = []
+    outcome: list[Exception] = []
 
     def fit() -> None:
         try:
             trainer.fit()
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer below
+        except Exception as error:  # noqa: BLE001 - handed to the consumer below
             outcome.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
@@ -151,8 +196,7 @@ def _follow(trainer: Any, mailbox: Any) -> Iterator[Epoch]:
             taken += len(rows)
             for row in rows:
                 if "failed" in row:
-                    kind = UserError if row["failed"] == "UserError" else TrainingFailed
-                    raise kind(row["message"])
+                    raise (TrainingFailed if row["failed"] else UserError)(row["message"])
                 epoch = Epoch.from_dict(row["epoch"], replayed=row["replayed"])
                 if epoch.epoch > last:  # a restarted group replays what was seen
                     last = epoch.epoch
@@ -162,6 +206,10 @@ def _follow(trainer: Any, mailbox: Any) -> Iterator[Epoch]:
             time.sleep(_POLL_SECONDS)
     finally:
         ray.get(mailbox.stop.remote())
-        thread.join(timeout=120)
+        thread.join(timeout=_STOP_SECONDS)
     if outcome:
-        raise outcome[0]
+        lines = [line for line in str(outcome[0]).splitlines() if line.strip()]
+        raise UserError(
+            f"Ray Train gave up ({lines[-1].strip() if lines else type(outcome[0]).__name__}); run "
+            "the same command to go on from the last checkpoint"
+        ) from outcome[0]

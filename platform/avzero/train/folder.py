@@ -7,7 +7,7 @@ Below ``runs/<task id>/``::
     optimizer-<epoch>-<attempt>.safetensors
     state.json                       names the files that count; written last, after each epoch
     result-val.json, frozen.json     stage 1: scores on VAL, and all that is fixed for TEST
-    result-test.json                 stage 2: scores on TEST
+    result-test-<frozen>.json        stage 2: scores on TEST for one frozen trial
 
 Weights and optimiser files carry the writer's attempt in their name, so a worker that was given
 up for dead cannot overwrite what its replacement relies on; ``state.json`` carries their digests.
@@ -24,7 +24,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from avzero.canon import canonical, sha256_hex
+from avzero.canon import ID_LENGTH, canonical, sha256_hex
 from avzero.data.storage import Storage
 from avzero.spec import Task
 from avzero.train.records import Epoch, Result
@@ -73,7 +73,7 @@ class RunFolder:
 
     def begin(self) -> None:
         """Write what the run is, for people who look into the folder."""
-        if not self.storage.exists(f"{self.prefix}/task.json"):
+        if self.storage.size(f"{self.prefix}/task.json") is None:
             self._write_json("task.json", self.task.model_dump(mode="json"))
 
     def load(self) -> tuple[State, Tensors, Tensors] | None:
@@ -171,14 +171,20 @@ class RunFolder:
         for name in old - kept:
             self.storage.delete(f"{self.prefix}/{name}")
 
-    def load_result(self, kind: str) -> Result | None:
-        """Return the stored result (``val`` or ``test``), if there is one."""
-        data = self._read_json(f"result-{kind}.json")
+    def load_result(self, kind: str, frozen: str = "") -> Result | None:
+        """Return the stored result, if there is one.
+
+        Args:
+            kind: ``val`` or ``test``.
+            frozen: for ``test``, the digest of the frozen trial: the same stage-2 weights scored
+                with another beta are another result.
+        """
+        data = self._read_json(_result_name(kind, frozen))
         return None if data is None else Result.from_dict(data)
 
     def save_result(self, result: Result) -> None:
         """Store a result."""
-        self._write_json(f"result-{result.kind}.json", result.as_dict())
+        self._write_json(_result_name(result.kind, result.frozen), result.as_dict())
 
     def load_frozen(self) -> dict[str, Any] | None:
         """Return what a finished stage-1 run fixed for stage 2 and TEST."""
@@ -187,3 +193,7 @@ class RunFolder:
     def save_frozen(self, frozen: dict[str, Any]) -> None:
         """Store what a finished stage-1 run fixed for stage 2 and TEST."""
         self._write_json("frozen.json", frozen)
+
+
+def _result_name(kind: str, frozen: str) -> str:
+    return f"result-{kind}-{frozen[:ID_LENGTH]}.json" if frozen else f"result-{kind}.json"

@@ -103,8 +103,10 @@ class Trainer:
         losses = self._train(epoch, lr)
         seconds = time.perf_counter() - started
         val = self._evaluate()
-        score = val.get("HM", float(epoch))  # without VAL the last epoch is the one to keep
-        best = score > self.state.best_hm
+        # Stage 2 has as many epochs as stage 1 needed to its best, and ends with the last one:
+        # VAL is part of its training data and chooses nothing (protocol.md section 5, step 2).
+        score = val.get("HM", float(epoch))
+        best = self.task.stage == 2 or score > self.state.best_hm
         if best:
             self.state.best_epoch, self.state.best_hm = epoch, score
         if self.state.plateau is not None:
@@ -185,13 +187,27 @@ class Trainer:
         """Return the VAL scores at the best grid value; rank 0 computes, all workers agree."""
         if self.val is None:
             return {}
-        scores: dict[str, float] = {}
+        scores: dict[str, float] | None = {}
         if self.first:
-            facts, scale = nearest(
-                self.model, self.val, self.data.class_text, self.data.scaling, self.task.protocol
+            try:
+                facts, scale = nearest(
+                    self.model,
+                    self.val,
+                    self.data.class_text,
+                    self.data.scaling,
+                    self.task.protocol,
+                )
+                scores = calibrate(facts, self.task.protocol, scale)[1][BOTH].as_dict()
+            except FloatingPointError:
+                scores = None  # the other workers wait for an answer: none is one too
+        if self.world is not None:
+            scores = self.world.from_first(scores)
+        if scores is None:
+            raise TrainingFailed(
+                f"a distance on VAL is NaN after epoch {len(self.state.history)}; lower lr, or "
+                "standardise the inputs (protocol.input_scaling)"
             )
-            scores = calibrate(facts, self.task.protocol, scale)[1][BOTH].as_dict()
-        return scores if self.world is None else self.world.from_first(scores)
+        return scores
 
     def _weights(self) -> Tensors:
         """Return parameters and BatchNorm statistics by name."""
@@ -207,9 +223,10 @@ class Trainer:
 
     def _resume(self) -> State:
         """Take up the folder's last whole epoch, or start."""
+        loaded = None
         if self.first:
             self.folder.begin()
-        loaded = self.folder.load()
+            loaded = self.folder.load()
         if self.world is not None:
             # Workers may see different states of a folder somebody is still writing: rank 0's
             # view decides, and its tensors travel with it.
@@ -221,7 +238,7 @@ class Trainer:
             self.model.load_state_dict(weights)
             for name, parameter in zip(self.names, self.parameters, strict=True):
                 self.optimizer.state[parameter] = {
-                    key: moments[f"{key}/{name}"].to("cpu" if key == "step" else self.device)
+                    key: moments[f"{key}/{name}"].to(self.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         return state

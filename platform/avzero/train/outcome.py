@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,10 +13,11 @@ from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.models._contract import Model
 from avzero.models._registry import build
-from avzero.protocol.calibration import BOTH, calibrate
+from avzero.protocol.calibration import BOTH, Calibration, calibrate
 from avzero.protocol.scoring import Nearest, Scores
 from avzero.protocol.seal import Frozen, open_test
 from avzero.protocol.stages import STAGE_1, STAGE_2
+from avzero.revision import code_revision
 from avzero.train.data import StageData, evaluation_set, nearest
 from avzero.train.folder import RunFolder, State
 from avzero.train.loop import lr_sequence
@@ -65,25 +67,21 @@ def conclude_stage_1(folder: RunFolder, benchmark: Benchmark) -> tuple[Result, F
         model, data.evaluation(benchmark, STAGE_1), data.class_text, data.scaling, task.protocol
     )
     calibration, scores = calibrate(facts, task.protocol, scale)
-    result = _result(
-        folder, state, model, facts, scores, "val", at_grid_end=calibration.at_grid_end
-    )
     frozen = Frozen(
         task, state.best_epoch, lr_sequence(state.history), calibration, scores[BOTH].as_dict()
     )
+    result = _result(folder, state, model, facts, scores, calibration)
     folder.save_frozen(frozen.as_dict())
     folder.save_result(result)
     return result, frozen
 
 
-def score_test(
-    store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: str, revision: str
-) -> Result:
+def score_test(store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: str) -> Result:
     """Open TEST once for a finished stage-2 run and score it with the carried beta.
 
     A run whose TEST result is stored already is not opened again.
     """
-    stored = folder.load_result("test")
+    stored = folder.load_result("test", frozen.digest)
     if stored is not None:
         return stored
     task = folder.task
@@ -92,25 +90,18 @@ def score_test(
     data = StageData(benchmark, task, _CPU)
     model = load_model(folder, state, data)
     test_scale = _class_scale(model, data)
+    if not math.isfinite(test_scale):
+        raise UserError(f"{folder.url}: the weights are not finite; TEST stays shut. Lower lr")
     betas = {
         modality: frozen.calibration.beta(modality, task.protocol, test_scale)
         for modality in frozen.calibration.betas
     }
-    test = open_test(store, frozen, task, betas[BOTH], sweep, revision)
+    test = open_test(store, frozen, task, betas[BOTH], sweep, code_revision())
     rows = evaluation_set(test, STAGE_2, data.class_text, _CPU)
     facts, _ = nearest(model, rows, data.class_text, data.scaling, task.protocol)
     scores = {modality: facts[modality].at(beta) for modality, beta in betas.items()}
     extra = _source_disjoint(benchmark, test, facts[BOTH], betas[BOTH])
-    result = _result(
-        folder,
-        state,
-        model,
-        facts,
-        scores,
-        "test",
-        extra=extra,
-        at_grid_end=frozen.calibration.at_grid_end,
-    )
+    result = _result(folder, state, model, facts, scores, frozen.calibration, frozen.digest, extra)
     folder.save_result(result)
     return result
 
@@ -147,12 +138,11 @@ def _result(
     model: Model,
     facts: Mapping[str, Nearest],
     scores: Mapping[str, Scores],
-    kind: str,
-    *,
-    at_grid_end: bool,
+    calibration: Calibration,
+    frozen: str = "",
     extra: dict[str, float] | None = None,
 ) -> Result:
-    """Assemble a result record."""
+    """Assemble a result record: of TEST where a frozen trial is named, else of VAL."""
     curve = facts[BOTH].curve()
     # A curve for a plot and a table: at most this many points, ends included.
     points = len(curve.beta)
@@ -162,13 +152,13 @@ def _result(
     return Result(
         task=folder.task.id,
         stage=folder.task.stage,
-        kind=kind,
+        kind="test" if frozen else "val",
         epoch=state.best_epoch,
         scores={modality: s.as_dict() for modality, s in scores.items()},
         area=curve.area,
         # On TEST the optimum over beta would be a choice made on TEST.
-        exact=curve.best.as_dict() if kind == "val" else {},
-        at_grid_end=at_grid_end,
+        exact={} if frozen else curve.best.as_dict(),
+        at_grid_end=calibration.at_grid_end,
         per_class=facts[BOTH].per_class(scores[BOTH].beta).as_dict(),
         curve={
             "beta": beta[pick].tolist(),
@@ -177,5 +167,7 @@ def _result(
         },
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=sum(epoch.seconds for epoch in state.history),
+        revision=code_revision(),
+        frozen=frozen,
         extra=extra or {},
     )

@@ -63,6 +63,10 @@ class Result:
     curve: dict[str, list[float]]
     parameters: int
     seconds: float
+    revision: str
+    """The code that scored it."""
+    frozen: str = ""
+    """TEST: digest of the frozen trial."""
     extra: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

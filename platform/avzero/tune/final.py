@@ -7,23 +7,52 @@ Everything that could be chosen is fixed before stage 2 begins and written to
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from avzero.canon import canonical
+from avzero.canon import ID_LENGTH, canonical
 from avzero.errors import UserError
+from avzero.protocol.calibration import BOTH
 from avzero.protocol.seal import Frozen
-from avzero.revision import code_revision
-from avzero.spec import Resources, Task
+from avzero.spec import Task
 from avzero.train.drive import drive
 from avzero.train.folder import RunFolder
 from avzero.train.outcome import conclude_stage_1, score_test
-from avzero.train.records import Result
+from avzero.train.records import Result, TrainingFailed
 from avzero.tune.listener import FinalView, Listener
 from avzero.tune.space import Group
-from avzero.tune.sweep import Sweep
+from avzero.tune.sweep import Sweep, check_placement
 
 
-def run_final(sweep: Sweep, listeners: Sequence[Listener]) -> Iterator[tuple[FinalView, Result]]:
-    """Yield the TEST result of every group and seed; what is stored already is not run again.
+@dataclass(frozen=True)
+class FinalPlan:
+    """The winner of every group, frozen, and whether anything is left to train or score."""
+
+    sweep: Sweep
+    frozen: dict[str, Frozen]
+
+    def runs(self) -> Iterator[tuple[Group, Frozen, int]]:
+        """Yield (group, frozen winner, seed) of every final run."""
+        for group in self.sweep.groups:
+            for number in range(self.sweep.job.test.seeds):
+                yield group, self.frozen[group.key], self.sweep.job.seed + number
+
+    @property
+    def pending(self) -> bool:
+        """Whether a run has no stored TEST result (with ``pipeline``: may have none)."""
+        return any(not self._stored(frozen, seed) for _, frozen, seed in self.runs())
+
+    def _stored(self, frozen: Frozen, seed: int) -> bool:
+        if self.sweep.job.test.reseed == "pipeline" and seed != frozen.task.seed:
+            again = RunFolder(self.sweep.store.storage, _reseeded(frozen, seed)).load_frozen()
+            if again is None:
+                return False
+            frozen = Frozen.from_dict(again)
+        folder = RunFolder(self.sweep.store.storage, frozen.stage_2_task(seed))
+        return folder.load_result("test", frozen.digest) is not None
+
+
+def freeze(sweep: Sweep) -> FinalPlan:
+    """Freeze the winner of every group, before the first look at TEST.
 
     Raises:
         UserError: trials are missing, or a group has no complete trial.
@@ -33,68 +62,94 @@ def run_final(sweep: Sweep, listeners: Sequence[Listener]) -> Iterator[tuple[Fin
             f"sweep {sweep.job.name}: {sweep.remaining} of its trials are missing, so there is no "
             "winner yet; run avzero sweep again, or lower search.trials in the job"
         )
-    # All winners are frozen before the first look at TEST.
-    frozen = {group.key: freeze_winner(sweep, group) for group in sweep.groups}
-    for group in sweep.groups:
-        for number in range(sweep.job.test.seeds):
-            seed = sweep.job.seed + number
-            yield _final_run(sweep, group, frozen[group.key], seed, listeners)
+    return FinalPlan(sweep, {g.key: _freeze_winner(sweep, g) for g in sweep.groups})
 
 
-def freeze_winner(sweep: Sweep, group: Group) -> Frozen:
+def _freeze_winner(sweep: Sweep, group: Group) -> Frozen:
     """Return the frozen winner of a group and write it beside the sweep."""
     winner = sweep.studies[group.key].winner()
-    if winner is None:
+    data = None if winner is None else winner.folder.load_frozen()
+    if winner is None or data is None:
         raise UserError(
             f"sweep {sweep.job.name}: {group.key} has no complete trial; see why they failed in "
             f"{sweep.store.storage.url}/sweeps/{sweep.job.name}/trials"
         )
-    data = winner.folder.load_frozen()
-    if data is None:  # killed between the last epoch and its conclusion
-        frozen = conclude_stage_1(winner.folder, sweep.store.open(winner.task.benchmark))[1]
-    else:
-        frozen = Frozen.from_dict(data)
-    key = f"sweeps/{sweep.job.name}/frozen/{group.key}.json"
+    frozen = Frozen.from_dict(data)
     line = frozen.as_dict() | {"digest": frozen.digest, "number": winner.number}
-    sweep.store.storage.write(key, canonical(line).encode())
+    text = canonical(line).encode()
+    # The current winner, and the trace of an earlier one if more trials changed it.
+    for key in (f"{group.key}.json", f"{group.key}/{frozen.digest[:ID_LENGTH]}.json"):
+        sweep.store.storage.write(f"sweeps/{sweep.job.name}/frozen/{key}", text)
     return frozen
 
 
-def _final_run(
-    sweep: Sweep, group: Group, frozen: Frozen, seed: int, listeners: Sequence[Listener]
-) -> tuple[FinalView, Result]:
-    """Train stage 2 for one seed and score TEST."""
-    resources = sweep.job.resources.model_copy(update={"workers": sweep.job.test.workers})
-    if sweep.job.test.reseed == "pipeline" and seed != frozen.task.seed:
-        frozen = _repeat_stage_1(sweep, frozen, seed, resources)
-    task = frozen.stage_2_task(seed)
+def run_final(
+    plan: FinalPlan, listeners: Sequence[Listener], on_cluster: bool = False
+) -> Iterator[tuple[FinalView, Result]]:
+    """Yield the TEST result of every group and seed; what is stored already is not run again.
+
+    Raises:
+        UserError: the cluster is too small, stage 2 diverged, or the surroundings failed.
+    """
+    job = plan.sweep.job
+    need = job.resources.model_copy(update={"workers": job.test.workers})
+    if plan.pending and (on_cluster or need.workers > 1):
+        check_placement(job, need)
+    for group, frozen, seed in plan.runs():
+        if job.test.reseed == "pipeline" and seed != frozen.task.seed:
+            task = _reseeded(frozen, seed)
+            view = _train(plan.sweep, group, frozen, task, listeners, on_cluster)
+            benchmark = plan.sweep.store.open(task.benchmark)
+            frozen = conclude_stage_1(view.folder, benchmark)[1]  # noqa: PLW2901
+        task = frozen.stage_2_task(seed)
+        view = _train(plan.sweep, group, frozen, task, listeners, on_cluster)
+        result = score_test(plan.sweep.store, view.folder, frozen, job.name)
+        winner = plan.frozen[group.key].task.id
+        key = f"sweeps/{job.name}/final/{group.key}/{winner}/{seed}.json"
+        record = canonical(final_record(view, winner, result)).encode()
+        plan.sweep.store.storage.write(key, record)
+        for listener in listeners:
+            listener.test_scored(view, result)
+        yield view, result
+
+
+def _reseeded(frozen: Frozen, seed: int) -> Task:
+    """Return the winner's stage 1 with another seed."""
+    return frozen.task.model_copy(update={"seed": seed})
+
+
+def _train(
+    sweep: Sweep,
+    group: Group,
+    frozen: Frozen,
+    task: Task,
+    listeners: Sequence[Listener],
+    on_cluster: bool,
+) -> FinalView:
+    """Train one final run to its end, or replay it where it is finished."""
     folder = RunFolder(sweep.store.storage, task)
-    view = FinalView(group, frozen, task, folder, folder.load_result("test") is not None)
+    stored = task.stage == 2 and folder.load_result("test", frozen.digest) is not None
+    view = FinalView(group, frozen, task, folder, stored)
     for listener in listeners:
         listener.final_started(view)
-    state = view.folder.load_state()
-    if state is None or not state.finished:
-        for epoch in drive(sweep.store, task, resources):
+    state = folder.load_state()
+    resources = sweep.job.resources.model_copy(update={"workers": sweep.job.test.workers})
+    try:
+        finished = state is not None and state.finished
+        epochs = (
+            state.history
+            if state is not None and finished
+            else drive(sweep.store, task, resources, on_cluster)
+        )
+        for epoch in epochs:
             for listener in listeners:
                 listener.final_epoch_ended(view, epoch)
-    result = score_test(sweep.store, view.folder, frozen, sweep.job.name, code_revision())
-    key = f"sweeps/{sweep.job.name}/final/{group.key}/{seed}.json"
-    sweep.store.storage.write(key, canonical(final_record(view, result)).encode())
-    for listener in listeners:
-        listener.test_scored(view, result)
-    return view, result
+    except TrainingFailed as error:
+        raise UserError(f"stage {task.stage} of {group.key}, seed {task.seed}: {error}") from error
+    return view
 
 
-def _repeat_stage_1(sweep: Sweep, frozen: Frozen, seed: int, resources: Resources) -> Frozen:
-    """Run the winner's stage 1 with another seed: its own best epoch, rates and beta."""
-    task: Task = frozen.task.model_copy(update={"seed": seed})
-    folder = RunFolder(sweep.store.storage, task)
-    for _ in drive(sweep.store, task, resources):
-        pass
-    return conclude_stage_1(folder, sweep.store.open(task.benchmark))[1]
-
-
-def final_record(view: FinalView, result: Result) -> dict[str, object]:
+def final_record(view: FinalView, winner: str, result: Result) -> dict[str, object]:
     """Return the line of a TEST result that reports are made from."""
     info = view.group.benchmark
     return {
@@ -108,16 +163,18 @@ def final_record(view: FinalView, result: Result) -> dict[str, object]:
         "protocol": view.task.protocol.model_dump(mode="json"),
         "seed": view.task.seed,
         "reseed": view.group.job.test.reseed,
+        "winner": winner,
         "trial": view.frozen.task.id,
         "frozen": view.frozen.digest,
         "run": view.task.id,
         "best_epoch": view.frozen.best_epoch,
         "val": view.frozen.val,
+        "beta": result.scores[BOTH]["beta"],
         "test": result.scores,
         "area": result.area,
         "extra": result.extra,
         "at_grid_end": result.at_grid_end,
         "parameters": result.parameters,
         "seconds": result.seconds,
-        "revision": code_revision(),
+        "revision": result.revision,
     }

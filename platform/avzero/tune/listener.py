@@ -31,6 +31,8 @@ class TrialView:
     result: Result | None = None
     reason: str = ""
     """Why it failed."""
+    twin_of: int | None = None
+    """Number of an earlier trial with the same configuration, whose outcome this one takes."""
 
     @property
     def best(self) -> Epoch | None:
@@ -45,7 +47,8 @@ class TrialView:
 
 @dataclass(frozen=True)
 class FinalView:
-    """One stage-2 run of a group's frozen winner."""
+    """One run of the final phase: stage 2 of a frozen trial (or, with ``reseed: pipeline``, the
+    winner's stage 1 repeated with another seed, before that)."""
 
     group: Group
     frozen: Frozen
@@ -74,10 +77,10 @@ class Listener:
         """No trial of this call is running any more."""
 
     def final_started(self, final: FinalView) -> None:
-        """A stage-2 run begins or is taken up again."""
+        """A final run begins or is taken up again."""
 
     def final_epoch_ended(self, final: FinalView, epoch: Epoch) -> None:
-        """An epoch of a stage-2 run is over."""
+        """An epoch of a final run is over (also called for replayed epochs)."""
 
     def test_scored(self, final: FinalView, result: Result) -> None:
         """TEST has been scored for a stage-2 run."""

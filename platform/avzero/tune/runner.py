@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from ray import tune
@@ -20,46 +20,48 @@ from avzero.train.records import Epoch, TrainingFailed
 class TrialRunner(tune.Trainable):
     """A Tune trainable around the training loop; the actor is reused for many trials.
 
-    A trial that cannot succeed (bad configuration, non-finite loss) ends with a ``failed`` result
-    instead of an exception, because Tune would retry an exception.
+    A diverging configuration ends with a ``failed`` result, trouble in the surroundings (store
+    unreachable, disk full) with a ``trouble`` result; neither is an exception, because Tune would
+    retry those.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin the first trial of this actor."""
-        self._begin(config)
+        self._epochs = self._run(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin the next trial."""
         self.cleanup()
-        self._begin(new_config)
+        self._epochs = self._run(new_config)
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._store = FeatureStore(config["store"])
-        self._task = Task.model_validate_json(config["task"])
-        self._folder = RunFolder(self._store.storage, self._task)
-        resources = Resources.model_validate(config["resources"])
-        self._epochs: Iterator[Epoch] = drive(self._store, self._task, resources)
+    @staticmethod
+    def _run(config: dict[str, Any]) -> Generator[Epoch, None, None]:
+        """Yield the epochs of a trial, then conclude it. Nothing happens before the first step."""
+        store = FeatureStore(config["store"])
+        task = Task.model_validate_json(config["task"])
+        yield from drive(store, task, Resources.model_validate(config["resources"]))
+        conclude_stage_1(RunFolder(store.storage, task), store.open(task.benchmark))
 
     def step(self) -> dict[str, Any]:
         """Run one epoch, or conclude the trial."""
+        ended: dict[str, Any] = {"done": True, "hm": -1.0}
         try:
             epoch = next(self._epochs, None)
-            if epoch is None:
-                conclude_stage_1(self._folder, self._store.open(self._task.benchmark))
-                return {"done": True, "hm": -1.0}
-            return {
-                # Tune flattens nested results; a text stays whole.
-                "record": canonical(epoch.as_dict()),
-                "replayed": epoch.replayed,
-                "hm": epoch.val.get("HM", -1.0),
-                "done": False,
-            }
-        except (TrainingFailed, UserError) as error:
-            return {"done": True, "failed": str(error), "hm": -1.0}
+        except TrainingFailed as error:
+            return ended | {"failed": str(error)}
+        except UserError as error:
+            return ended | {"trouble": str(error)}
+        if epoch is None:
+            return ended | {"finished": True}
+        return {
+            # Tune flattens nested results; a text stays whole.
+            "record": canonical(epoch.as_dict()),
+            "replayed": epoch.replayed,
+            "hm": epoch.val.get("HM", -1.0),
+            "done": False,
+        }
 
     def cleanup(self) -> None:
         """Stop the trial's workers, if it has any."""
-        close = getattr(self._epochs, "close", None)
-        if close is not None:
-            close()
+        self._epochs.close()

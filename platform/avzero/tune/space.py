@@ -99,27 +99,49 @@ class Group:
         }
         self.published = _published(file, benchmark)
         self._base = file.defaults | (self.published.values if self.published else {}) | fixed
-        # Fail on a wrong fixed value now, not in the first trial.
-        self.task({})
+        self.start_points = self._start_points()
+        self._check_values()
 
-    def start_points(self) -> list[dict[str, Any]]:
+    def _start_points(self) -> list[dict[str, Any]]:
         """Return the configurations to try first: the published point, then the job's own."""
         model_defaults = model_class(self.model).Config.model_validate({}).model_dump()
         defaults = TrainConfig().model_dump() | model_defaults | self._base
         first = {name: defaults[name] for name in self.distributions}
+        where = f"job {self.job.name}: start point"
         points = [first]
-        for point in self.job.search.points:
-            points.append(first | {k: v for k, v in point.items() if k in self.distributions})
+        for number, point in enumerate(self.job.search.points, start=1):
+            for name in point:
+                if name not in self.distributions:
+                    raise UserError(
+                        f"{where} {number} of {self.key}: {name} is not searched; it is fixed, or "
+                        "has no range. Remove it from the point, or give it a range"
+                    )
+            points.append(first | point)
         for number, values in enumerate(points):
             for name, value in values.items():
                 if not _contains(self.distributions[name], value):
                     raise UserError(
-                        f"job {self.job.name}: start point {number} of {self.key}: {name} = "
-                        f"{value!r} is outside its range; widen search.space.{name} or fix it"
+                        f"{where} {number} of {self.key}: {name} = {value!r} is outside its range; "
+                        f"widen search.space.{name} or fix it"
                     )
         return points
 
-    def task(self, values: Mapping[str, Any], seed: int | None = None) -> Task:
+    def _check_values(self) -> None:
+        """Refuse now what would otherwise stop the sweep half-way: bounds and batch sizes."""
+        workers = {self.job.resources.workers, self.job.test.workers}
+        tasks = [self.task(point) for point in self.start_points]
+        for name, distribution in self.distributions.items():
+            ends = getattr(distribution, "choices", None) or (distribution.low, distribution.high)  # type: ignore[attr-defined]
+            tasks += [self.task({name: value}) for value in ends]
+        for task in tasks:
+            for count in workers:
+                if task.train.batch_size % count:
+                    raise UserError(
+                        f"job {self.job.name}: batch_size {task.train.batch_size} cannot be split "
+                        f"evenly over {count} workers; choose multiples of {count}"
+                    )
+
+    def task(self, values: Mapping[str, Any]) -> Task:
         """Return the stage-1 run of a configuration (values of the searched names)."""
         merged = self._base | dict(values)
         where = f"job {self.job.name}"
@@ -132,7 +154,7 @@ class Group:
             config=config.model_dump(mode="json"),
             train=validate(TrainConfig, train, where),
             protocol=self.job.protocol,
-            seed=self.job.seed if seed is None else seed,
+            seed=self.job.seed,
         )
 
 

@@ -16,20 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 
 from avzero.canon import canonical
+from avzero.data.benchmark import BenchmarkInfo
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
-from avzero.spec import Job
-from avzero.train.records import Epoch
+from avzero.spec import Job, Resources
+from avzero.tune.desk import METRIC, StudyScheduler, StudySearcher, TrialDesk
 from avzero.tune.listener import Listener, TrialView
 from avzero.tune.runner import TrialRunner
 from avzero.tune.space import Group
 from avzero.tune.study import GroupStudy, Journal
-
-METRIC = "hm"
 
 
 class Sweep:
@@ -43,29 +40,70 @@ class Sweep:
         self.job = job
         self.store = store
         self.listeners = tuple(listeners)
-        infos = [store.info(name) for name in job.benchmarks]
-        self.groups = [Group(job, info, model) for info in infos for model in job.models]
-        self._claim_name()
-        journal = Journal(store.storage, job.name)
-        self.studies = {g.key: GroupStudy(g, journal, store.storage) for g in self.groups}
+        self._claim_key = f"sweeps/{job.name}/job.json"
+        earlier = self._earlier_claim()
+        infos = {name: self._info(name, earlier) for name in job.benchmarks}
+        self.groups = [Group(job, info, model) for info in infos.values() for model in job.models]
+        self._check_groups()
+        self._claim = {
+            "settings": job.frozen_part(),
+            "benchmarks": {name: info.digest for name, info in infos.items()},
+            "groups": {
+                group.key: {
+                    "digest": group.benchmark.digest,
+                    "fixed": dict(job.fixed.get(group.model, {})),
+                }
+                for group in self.groups
+            },
+            "job": job.model_dump(mode="json"),
+        }
+        self._check_claim(earlier)
+        self.journal = Journal(store.storage, job.name)
+        self.studies = self._open_studies()
 
-    def _claim_name(self) -> None:
-        """Write the job beside its trials; refuse a job that changed what trials depend on."""
-        key = f"sweeps/{self.job.name}/job.json"
-        digests = {group.key: group.benchmark.digest for group in self.groups}
-        claim = {"frozen": self.job.frozen_part() | {"digests": digests}}
+    def _earlier_claim(self) -> dict[str, Any]:
+        """Return what an earlier call of the same sweep wrote, or nothing."""
         try:
-            earlier = json.loads(self.store.storage.read(key))["frozen"]
+            return dict(json.loads(self.store.storage.read(self._claim_key)))
         except KeyError:
-            earlier = claim["frozen"]
-        changes = difference(earlier, claim["frozen"])
+            return {}
+
+    def _info(self, reference: str, earlier: dict[str, Any]) -> BenchmarkInfo:
+        """Return a benchmark; a sweep stays with the version its earlier trials used."""
+        digest = earlier.get("benchmarks", {}).get(reference)
+        return self.store.info(
+            reference if digest is None else f"{reference.partition('@')[0]}@{digest}"
+        )
+
+    def _check_groups(self) -> None:
+        """Refuse two names for one benchmark: their trials could not be told apart."""
+        seen: dict[str, str] = {}
+        for group in self.groups:
+            for mark in (group.key, f"{group.benchmark.digest} {group.model}"):
+                if mark in seen:
+                    raise UserError(
+                        f"job {self.job.name}: benchmarks lists {group.benchmark.name} twice, "
+                        "under two names or in two versions; remove one, or use two jobs"
+                    )
+                seen[mark] = group.key
+
+    def _check_claim(self, earlier: dict[str, Any]) -> None:
+        """Refuse a job that changed what its earlier trials depend on."""
+        if not earlier:
+            return
+        changes = difference(earlier["settings"], self._claim["settings"])
+        for key, group in self._claim["groups"].items():
+            if key in earlier["groups"]:
+                changes += difference(earlier["groups"][key], group, key)
         if changes:
             raise UserError(
                 f"job {self.job.name}: differs from its earlier trials in {'; '.join(changes)}. "
-                "More trials, points or seeds may be added; for anything else choose another name"
+                "More trials, points, seeds, benchmarks or models may be added; for anything else "
+                "choose another name"
             )
-        full = claim | {"job": self.job.model_dump(mode="json")}
-        self.store.storage.write(key, canonical(full).encode())
+
+    def _open_studies(self) -> dict[str, GroupStudy]:
+        return {g.key: GroupStudy(g, self.journal, self.store.storage) for g in self.groups}
 
     @property
     def remaining(self) -> int:
@@ -76,22 +114,57 @@ class Sweep:
         """Return the trials that have ended."""
         return [view for study in self.studies.values() for view in study.done()]
 
+    def failures(self) -> dict[str, str]:
+        """Return, for every group none of whose trials is complete, why the first one failed."""
+        return {
+            key: next((v.reason for v in study.done() if v.reason), "every trial was stopped early")
+            for key, study in self.studies.items()
+            if study.winner() is None
+        }
+
     def run(self) -> bool:
         """Run the missing trials on the connected Ray cluster; return whether all ended.
 
         False means interrupted (Ctrl-C): running the same command again goes on.
+
+        Raises:
+            UserError: another driver runs the sweep, the cluster is too small, or something in
+                the surroundings (disk, network) failed; trials that ran are taken up next time.
         """
-        for listener in self.listeners:
-            listener.sweep_started(self.job, self.groups, self.done())
-        interrupted = False
-        if self.remaining:
-            desk = TrialDesk(self)
-            with tempfile.TemporaryDirectory(prefix="avzero-tune-") as scratch:
-                self._tuner(desk, Path(scratch)).fit()
-            interrupted = bool(desk.open_trials) or self.remaining > 0
-        for listener in self.listeners:
-            listener.sweep_ended(self.done(), interrupted)
-        return not interrupted
+        if not self.remaining:
+            return self._run_missing()
+        check_placement(self.job, self.job.resources)
+        with self.journal.exclusive():
+            self.studies = self._open_studies()
+            for study in self.studies.values():
+                study.begin()
+            self.store.storage.write(self._claim_key, canonical(self._claim).encode())
+            return self._run_missing()
+
+    def _run_missing(self) -> bool:
+        done = self.done()
+        for view in done:
+            self.record(view, only_missing=True)
+        desk = TrialDesk(self.studies, self.record, self.listeners)
+        finished = False
+        try:
+            for listener in self.listeners:
+                listener.sweep_started(self.job, self.groups, done)
+            if self.remaining:
+                with tempfile.TemporaryDirectory(prefix="avzero-tune-") as scratch:
+                    self._tuner(desk, Path(scratch)).fit()
+                desk.raise_trouble()
+            finished = not desk.open_trials and not self.remaining
+        finally:
+            for listener in self.listeners:
+                listener.sweep_ended(self.done(), not finished)
+        return finished
+
+    def record(self, view: TrialView, only_missing: bool = False) -> None:
+        """Write a trial's line of the sweep's index."""
+        key = f"sweeps/{self.job.name}/trials/{view.group.key}/{view.number:05d}.json"
+        if not only_missing or self.store.storage.size(key) is None:
+            self.store.storage.write(key, canonical(trial_record(view)).encode())
 
     def _tuner(self, desk: TrialDesk, scratch: Path) -> tune.Tuner:
         resources = self.job.resources
@@ -128,127 +201,33 @@ class Sweep:
         )
 
 
-class TrialDesk:
-    """Where Ray Tune's trials and the studies' trials meet; lives in the driver."""
-
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
-        self.open_trials: dict[str, TrialView] = {}
-
-    def hand_out(self, tune_id: str) -> dict[str, Any] | None:
-        """Return the configuration of the next trial, from the groups in turn."""
-        waiting = [study for study in self.sweep.studies.values() if study.remaining]
-        if not waiting:
-            return None
-        study = max(waiting, key=lambda s: s.remaining / s.group.job.search.trials)
-        view = study.next()
-        if view is None:
-            return None
-        self.open_trials[tune_id] = view
-        for listener in self.sweep.listeners:
-            listener.trial_started(view)
-        return {"task": view.task.model_dump_json(), "id": view.task.id}
-
-    def take(self, tune_id: str, result: dict[str, Any]) -> bool:
-        """Take a result; return whether the trial should be stopped early."""
-        view = self.open_trials[tune_id]
-        epoch = Epoch.from_dict(json.loads(result["record"]), replayed=result["replayed"])
-        if any(known.epoch == epoch.epoch for known in view.epochs):
-            return False  # a restarted worker replays what was taken already
-        stop = self.sweep.studies[view.group.key].report(view, epoch)
-        for listener in self.sweep.listeners:
-            listener.epoch_ended(view, epoch)
-        if stop:
-            view.state = "pruned"
-        return stop
-
-    def close(self, tune_id: str, result: dict[str, Any], error: bool) -> None:
-        """Record how a trial ended, from its last result."""
-        view = self.open_trials.pop(tune_id)
-        if error:
-            view.state = "failed"
-            view.reason = "its worker died more often than resources.max_failures"
-        elif view.state == "running":
-            view.reason = result.get("failed", "")
-            view.state = "failed" if view.reason else "complete"
-        if view.state == "complete":
-            view.result = view.folder.load_result("val")
-        self.sweep.studies[view.group.key].close(view)
-        key = f"sweeps/{self.sweep.job.name}/trials/{view.group.key}/{view.number:05d}.json"
-        self.sweep.store.storage.write(key, canonical(trial_record(view)).encode())
-        for listener in self.sweep.listeners:
-            listener.trial_ended(view)
-
-
-class _AtDesk:
-    """Ray Tune pickles searcher and scheduler for a restore we never do: leave the desk out."""
-
-    _desk: TrialDesk
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_desk"}
-
-
-class StudySearcher(_AtDesk, Searcher):
-    """Ray Tune's view of the studies: what to run next, and what has ended."""
-
-    def __init__(self, desk: TrialDesk) -> None:
-        super().__init__(metric=METRIC, mode="max")
-        self._desk = desk
-
-    def suggest(self, trial_id: str) -> Any:
-        """Return the next configuration, or that there is none."""
-        return self._desk.hand_out(trial_id) or Searcher.FINISHED
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Record the end of a trial."""
-        self._desk.close(trial_id, result or {}, error)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Keep nothing: the studies are the truth."""
-        Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing: a sweep continues from its studies."""
-
-
-class StudyScheduler(_AtDesk, FIFOScheduler):
-    """Passes epochs to the studies and stops what they prune."""
-
-    def __init__(self, desk: TrialDesk) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._desk = desk
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Take one result of one trial."""
-        del tune_controller
-        stop = self._desk.take(trial.trial_id, result)
-        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
-
-
-def concurrency(job: Job) -> int:
-    """Return how many trials the connected cluster can hold at once.
+def check_placement(job: Job, need: Resources) -> int:
+    """Return how many runs of ``need`` the connected cluster holds at once.
 
     Raises:
-        UserError: not even one: the job asks for more than there is.
+        UserError: not even one.
     """
     import ray
 
-    need, have = job.resources, ray.cluster_resources()  # type: ignore[no-untyped-call]
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
     fits = []
     for name, per_worker in (("CPU", need.cpus), ("GPU", need.gpus)):
         if per_worker:
             fits.append(int(have.get(name, 0) / (per_worker * need.workers)))
             if not fits[-1]:
                 raise UserError(
-                    f"job {job.name}: a trial needs {per_worker * need.workers:g} {name} "
-                    f"({need.workers} workers), the cluster has {have.get(name, 0):g}; "
-                    "lower resources, or add nodes"
+                    f"job {job.name}: a run needs {per_worker * need.workers:g} {name} "
+                    f"(on {need.workers} worker{'s' * (need.workers > 1)}), "
+                    f"the cluster has {have.get(name, 0):g}; "
+                    "lower resources or workers, or add nodes"
                 )
-    most = min(fits, default=1)
-    return min(most, need.concurrent) if need.concurrent else most
+    return min(fits, default=1)
+
+
+def concurrency(job: Job) -> int:
+    """Return how many trials run at once on the connected cluster."""
+    most = check_placement(job, job.resources)
+    return min(most, job.resources.concurrent) if job.resources.concurrent else most
 
 
 def trial_record(view: TrialView) -> dict[str, Any]:
@@ -262,6 +241,7 @@ def trial_record(view: TrialView) -> dict[str, Any]:
         "task": view.task.id,
         "state": view.state,
         "reason": view.reason,
+        "twin_of": view.twin_of,
         "values": view.values,
         "epochs": len(view.epochs),
         "best_epoch": best.epoch if best else None,
