@@ -100,3 +100,11 @@ def ray_local() -> Iterator[None]:
 
     with ray_cluster():
         yield
+
+
+@pytest.fixture(scope="module")
+def place(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store that holds the tiny benchmark; sweeps of one module live there."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    FeatureStore(str(folder / "store")).put(read_avca(release, "tiny", "main", name="tiny"))
+    return folder

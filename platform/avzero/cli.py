@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from avzero.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
     from avzero.data.benchmark import Progress
     from avzero.spec import Job
@@ -61,18 +63,20 @@ def _console() -> Console:
     return Console(highlight=False, markup=False, width=width)
 
 
-def _progress(console: Console) -> Progress:
-    """Return a callback that shows what is being read or written, on terminals only."""
-    status = {"line": ""}
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """Give a callback that shows what is read or written and the time left; on terminals only."""
+    from rich.progress import Progress as Bar
 
-    def show(what: str, done: int, total: int) -> None:
-        line = f"\r{what}: {done + 1}/{total}"
-        if console.is_terminal:
-            console.file.write(line.ljust(len(status["line"])))
-            console.file.flush()
-            status["line"] = line if done + 1 < total else ""
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
 
-    return show
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done + 1)
+
+        yield show
 
 
 @app.command()
@@ -85,7 +89,8 @@ def simulate(
     from avzero.data.simulate import simulate as make
 
     console = _console()
-    make(root, size, seed, _progress(console))
+    with _progress(console) as progress:
+        make(root, size, seed, progress)
     console.print(f"{root}: simulated dataset, size {size}, seed {seed}")
 
 
@@ -107,11 +112,11 @@ def ingest_avca(
 ) -> None:
     """Read a release in the AVCA layout: checked, digested, stored as Parquet."""
     from avzero.data.avca import read_avca
+    from avzero.data.benchmark import Role
     from avzero.data.release import ReadOptions
     from avzero.data.store import FeatureStore
 
     console = _console()
-    progress = _progress(console)
     files: dict[str, Path] = {}
     for pair in text or ():
         key, sep, file = pair.partition("=")
@@ -119,16 +124,17 @@ def ingest_avca(
             raise UserError(f"--text {pair}: write NAME=FILE")
         files[key] = Path(file)
     target = FeatureStore(store)
-    raw = read_avca(
-        root,
-        features,
-        split or ("cls" if features.removesuffix("_features") == "cls" else "main"),
-        name=name or None,
-        options=ReadOptions(nonfinite, files),
-        progress=progress,
-    )
-    info, new = target.put(raw, progress)
-    counts = ", ".join(f"{role} {count}" for role, count in info.counts.items())
+    with _progress(console) as progress:
+        raw = read_avca(
+            root,
+            features,
+            split or ("cls" if features.removesuffix("_features") == "cls" else "main"),
+            name=name or None,
+            options=ReadOptions(nonfinite, files),
+            progress=progress,
+        )
+        info, new = target.put(raw, progress)
+    counts = ", ".join(f"{role} {info.counts[role]}" for role in Role if role in info.counts)
     verb = "stored" if new else "already in the store"
     console.print(f"{info.name}@{info.digest[:16]}: {verb} ({counts})")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
 from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.live import Live
@@ -205,7 +206,7 @@ class ConsoleProgress(Listener):
         hidden = len(trials) - _ROWS
         note = Text(f"({hidden} more trials not shown)", style="dim") if hidden > 0 else Text("")
         bar = ProgressBar(total=1.0, completed=self._progress(), width=60)
-        return Stack(table, note, bar, line)
+        return Stack(table, note, Columns([bar]), line)
 
     def _cells(self, trial: TrialView) -> list[Any]:
         """Return one row."""
