@@ -11,7 +11,7 @@ from avzero.data.benchmark import Benchmark
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.models._contract import Batch, Context, Model, Shapes, trainable
-from avzero.models._layers import Dropout
+from avzero.models._layers import Site
 from avzero.models._registry import build, make_config, model_class, model_files
 from avzero.protocol.counter import fold, site_keys
 from avzero.spec import Preset, TrainConfig
@@ -45,7 +45,7 @@ def batch(rows: int = 12, classes: int = 4, seed: int = 0) -> Batch:
 
 
 def context(model: Model, step: int = 0) -> Context:
-    sites = sum(isinstance(m, Dropout) for m in model.modules())
+    sites = sum(isinstance(m, Site) for m in model.modules())
     return Context(site_keys(fold(step), 1, sites, torch.device("cpu"))[0])
 
 

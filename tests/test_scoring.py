@@ -208,7 +208,7 @@ def test_golden_calibration_carried_to_test(
 ) -> None:
     """beta* is the mean of the three chosen values (P-04), and is used for all three."""
     three = {name: golden_facts[name] for name in ("audio", "video", "both")}
-    calibration, _ = calibrate(three, Protocol(), 1.0)
+    calibration, _ = calibrate(three, BetaGrid(), 1.0)
     for name, nearest in three.items():
         beta = calibration.beta(name, Protocol(), 1.0)
         assert beta == pytest.approx(golden["averaged_beta"], abs=1e-6)
@@ -218,14 +218,14 @@ def test_golden_calibration_carried_to_test(
 def test_calibration_options(golden_facts: dict[str, Nearest]) -> None:
     three = {name: golden_facts[name] for name in ("audio", "video", "both")}
     own = Protocol(beta_reduction="per_modality")
-    calibration, scores = calibrate(three, own, 2.0)
+    calibration, scores = calibrate(three, BetaGrid(), 2.0)
     assert {m: calibration.beta(m, own, 2.0) for m in three} == pytest.approx(
         {m: s.beta for m, s in scores.items()}
     )
     scaled = Protocol(calibration="scaled", beta_reduction="per_modality")
     assert calibration.beta("video", scaled, 3.0) == pytest.approx(scores["video"].beta * 1.5)
     assert calibration.at_grid_end  # the optimum of "both" is 0, an end of the grid (P-06)
-    wide = Protocol(beta_grid=BetaGrid(start=-1, stop=1, count=21))
+    wide = BetaGrid(start=-1, stop=1, count=21)
     assert not calibrate(three, wide, 1.0)[0].at_grid_end
 
 

@@ -83,6 +83,13 @@ class BetaGrid(Strict):
         return [self.start + step * i for i in range(self.count)]
 
 
+InputScaling = Literal["none", "standard", "l2", "minmax"]
+"""Raw features; per-dimension z-scores fitted on the training rows; unit row norm; per-dimension
+0 … 1 fitted on the training rows (values outside are clipped)."""
+
+Modality = Literal["both", "audio", "video"]
+
+
 class Protocol(Strict):
     """The two-stage protocol and its options; ids P-nn refer to protocol.md section 6."""
 
@@ -97,12 +104,14 @@ class Protocol(Strict):
     """P-03: carry beta as a distance, or in units of the seen-unseen class distance."""
     beta_reduction: Literal["mean3", "per_modality"] = "mean3"
     """P-04: one beta, the mean over audio, video and both; or each modality its own."""
-    beta_grid: BetaGrid = BetaGrid()
-    """P-06."""
+    beta_grid: BetaGrid | None = None
+    """P-06; None: the system's own, 0 to 3 in 16 values for most."""
     distance: Literal["l2", "squared_l2"] = "l2"
     """P-18: one rule, used everywhere."""
-    input_scaling: Literal["none", "standard", "l2"] = "none"
-    """P-17: raw features; per-dimension z-scores fitted on the training rows; unit row norm."""
+    input_scaling: InputScaling = "none"
+    """P-17; a system's own ``input_scaling`` goes before."""
+    modality: Modality = "both"
+    """Ablation: train and test with one modality only; the other is given as zeros."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,20 +6,23 @@ at once; randomness comes in through the context. Systems derive from ``Model`` 
 override no concrete method.
 
 Shapes: B rows of a batch, G = 2 members per row (anchor, negative), d_m width of modality m,
-t width of class text, K training classes, C evaluated classes, n samples.
+t width of class text, K training classes, C evaluated classes, n samples. With temporal features
+[…, d_m] is [..., T, d_m], and ``<modality>_length`` (int64 [...]) says how many of the T steps are
+real; the rest is zero padding.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from avzero.spec import Strict
+from avzero.errors import UserError
+from avzero.spec import BetaGrid, InputScaling, Strict
 
 
 class World(Protocol):
@@ -31,27 +34,39 @@ class World(Protocol):
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of ``values`` over all workers; gradients pass through."""
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Return all workers' rows [size * n, ...] in rank order; gradients pass through."""
+
 
 class Context(NamedTuple):
     """What a training step hands to the layers besides the batch.
 
-    ``keys``: int32 [sites, 2], this step's random keys of every dropout site. ``world``: the
-    workers the batch is split over, None for one.
+    ``keys``: int32 [sites, 2], this step's random keys of every random site. ``world``: the
+    workers the batch is split over, None for one. ``part``: which of ``Model.passes`` this is.
     """
 
     keys: Tensor
     world: World | None = None
+    part: str = ""
 
     def salted(self, salt: int) -> Context:
         """Return a context whose dropout masks are unrelated: for another pass of one step."""
         return self._replace(keys=self.keys ^ (salt * 0x1B873593 & 0x7FFFFFFF))
+
+    def alone(self) -> Context:
+        """Return a context for rows every worker has alike, such as the table of class texts."""
+        return self._replace(world=None)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the rows of the global batch, for terms that compare rows with each other."""
+        return values if self.world is None else self.world.gather(values)
 
 
 class Batch(NamedTuple):
     """One training batch: pairs of an anchor (member 0) and a negative of another class."""
 
     features: dict[str, Tensor]
-    """Per modality [B, G, d_m]."""
+    """Per modality [B, G, d_m]; temporal: [B, G, T, d_m] and ``<modality>_length`` [B, G]."""
     text: Tensor
     """[B, G, t] class text vectors of the members."""
     label: Tensor
@@ -65,22 +80,47 @@ class Shapes(NamedTuple):
 
     features: dict[str, int]
     text: int
+    temporal: bool = False
+
+
+class TrainingRows(Protocol):
+    """The stage's training samples of seen classes, for systems that fit a classifier on them."""
+
+    label: Tensor
+    """int64 [n], positions among the seen candidate classes."""
+    seed: int
+
+    def blocks(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield (features {modality: [b, d_m]}, labels [b]) of all rows, in a fixed order."""
+
+
+Kind = Literal["averaged", "clipclap", "temporal"]
+"""Kinds of feature sets: one vector per video, CLIP/CLAP vectors with their text, sequences."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """Where a system comes from and what it can use."""
+    """Where a system comes from, what it can use and how far it has been checked."""
 
     title: str
     authors: str
     year: int
     venue: str
     link: str
-    features: tuple[str, ...] = ("averaged",)
+    features: tuple[Kind, ...] = ("averaged", "clipclap")
+    options: tuple[str, ...] = ()
+    """What can be switched beyond the numbers, with the protocol's ids (P-nn)."""
+    evidence: Literal["code", "reconstruction"] = "code"
+    """Built after public code; or parts of it are our reconstruction, listed in the file."""
+    fixture: str = "formulas"
+    """Name of the reference fixture it matches, or ``formulas`` of its spec on small cases."""
 
 
 class ModelConfig(Strict):
     """Base of a system's hyperparameters; every field has a default."""
+
+    input_scaling: InputScaling | Literal["protocol"] = "protocol"
+    """How inputs are scaled: as the protocol says, or a rule of the system's own (P-17)."""
 
 
 class Model(nn.Module, ABC):
@@ -90,6 +130,10 @@ class Model(nn.Module, ABC):
     Config: ClassVar[type[ModelConfig]]
     compat: ClassVar[Mapping[str, Any]] = {}
     """Values of ``Config`` fields under the ``compat`` preset."""
+    beta_grid: ClassVar[BetaGrid] = BetaGrid()
+    """Calibration values tried on VAL where the protocol names none (P-06)."""
+    needs_nonnegative: ClassVar[str] = ""
+    """Why negative (scaled) features cannot be used, and what to do; empty where they can."""
 
     @abstractmethod
     def __init__(self, config: Any, shapes: Shapes) -> None:
@@ -116,6 +160,31 @@ class Model(nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """Return distances {name: [n, C]}; ``both`` is the headline, others are modalities."""
 
+    # Hooks: what most systems leave as it is.
+
+    def passes(self, step: int) -> tuple[str, ...]:
+        """Return the optimiser passes of a step (counted within its epoch): one, unnamed.
+
+        Adversarial systems name several; each calls ``loss`` with ``context.part`` and updates
+        what that loss reaches. No pass at all skips the step.
+        """
+        del step
+        return ("",)
+
+    def candidates(self, text: Tensor, seen: int, rows: TrainingRows) -> Tensor:
+        """Return what ``distances`` compares samples with: [C, o], seen classes first.
+
+        Args:
+            text: [C, t] text vectors of the candidate classes.
+            seen: how many of them, at the start, are seen.
+            rows: training samples of those.
+
+        Systems that fit a classifier on generated features return its weights here. Rows beyond
+        C are a second classifier, of the C - seen unseen classes alone, used for ZSL.
+        """
+        del seen, rows
+        return self.embed_classes(text)
+
     def settle(self, batch: Batch, context: Context) -> None:
         """Do what the released code does after each optimiser step (default: nothing)."""
         del batch, context
@@ -123,6 +192,16 @@ class Model(nn.Module, ABC):
     def frozen(self) -> frozenset[str]:
         """Return names of parameters that get gradients and are never updated (default: none)."""
         return frozenset()
+
+    def load_reference(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a published checkpoint.
+
+        Raises:
+            UserError: something is missing, left over or of another shape; or there is no
+                public code, as by default.
+        """
+        del state
+        raise UserError(f"{self.card.title}: no public code, so no published checkpoints")
 
 
 def scalar(module: nn.Module, name: str, value: float) -> None:

@@ -11,10 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avzero.models._contract import Context, scalar
-from avzero.protocol.counter import dropout_mask
+from avzero.protocol.counter import dropout_mask, normal_floats, uniform_floats
 
 
-class Dropout(nn.Module):
+class Site(nn.Module):
+    """A place in a system that draws random numbers in training; numbered by ``number_sites``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = 0
+
+    def lattice(self, count: int, context: Context) -> tuple[Tensor, int, int]:
+        """Return this step's keys, and where this worker's ``count`` elements lie among all."""
+        size, rank = (1, 0) if context.world is None else (context.world.size, context.world.rank)
+        return context.keys[self.site], rank * count, size * count
+
+
+class Noise(Site):
+    """Standard normal, or uniform 0 … 1, noise: a hash like dropout's."""
+
+    def __init__(self, uniform: bool = False) -> None:
+        super().__init__()
+        self.draw = uniform_floats if uniform else normal_floats
+
+    def forward(self, like: Tensor, width: int, context: Context) -> Tensor:
+        """Return noise [..., width] for rows ``like`` [..., d]."""
+        shape = torch.Size((*like.shape[:-1], width))
+        key, first, total = self.lattice(shape.numel(), context)
+        return self.draw(key, shape, first, total).to(like.dtype)
+
+
+class Dropout(Site):
     """Dropout whose mask is a hash of (step key, site, element of the global batch).
 
     The mask depends neither on the number of workers nor on other trials sharing the device. A
@@ -27,21 +54,18 @@ class Dropout(nn.Module):
         super().__init__()
         scalar(self, "p", p)
         self.off = p == 0
-        self.site = 0  # set once by number_sites
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Return ``x`` with dropped elements zero and kept ones divided by 1 - p."""
         if self.off or not self.training:
             return x
-        size, rank = (1, 0) if context.world is None else (context.world.size, context.world.rank)
-        count = x.numel()
-        mask = dropout_mask(context.keys[self.site], x.shape, self.p, rank * count, size * count)
-        return x * mask.to(x.dtype)
+        key, first, total = self.lattice(x.numel(), context)
+        return x * dropout_mask(key, x.shape, self.p, first, total).to(x.dtype)
 
 
 def number_sites(model: nn.Module) -> int:
-    """Give every dropout layer of a model its own site; return how many there are."""
-    layers = [module for module in model.modules() if isinstance(module, Dropout)]
+    """Give every random layer of a model its own site; return how many there are."""
+    layers = [module for module in model.modules() if isinstance(module, Site)]
     for site, layer in enumerate(layers):
         layer.site = site
     return len(layers)
@@ -138,6 +162,34 @@ class MLP(nn.Module):
             elif context is not None:
                 x = layer(x, context)
         return x
+
+
+class Projection(nn.Module):
+    """Linear -> [BatchNorm] -> ReLU -> Dropout -> Linear (avgzslnet.md section 1)."""
+
+    def __init__(
+        self, width: int, hidden: int, out: int, dropout: float, use_bn: bool = True
+    ) -> None:
+        super().__init__()
+        at = 1 + use_bn
+        self.fc = nn.ModuleDict({"0": nn.Linear(width, hidden)})
+        if use_bn:
+            self.fc["1"] = BatchNorm(hidden)
+        self.fc[str(at + 1)] = Dropout(dropout)
+        self.fc[str(at + 2)] = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Map [..., width] to [..., out], linear at the end."""
+        *first, last = self.fc.values()
+        x = first[0](x)
+        for layer in first[1:]:
+            if isinstance(layer, BatchNorm):
+                x = layer(x, context)
+            else:
+                x = F.relu(x)
+                x = x if context is None else layer(x, context)
+        out: Tensor = last(x)
+        return out
 
 
 class _Attention(nn.Module):

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from avzero.errors import UserError
 from avzero.protocol.scoring import Nearest, Scores
-from avzero.spec import Protocol
+from avzero.spec import BetaGrid, Protocol
 
 BOTH = "both"
 """The headline entry of a system's distances."""
+MISSING = "missing_"
+"""Starts the names of scores where one modality was withheld at test time."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class Calibration:
             test_scale: the class-distance scale of the stage-2 weights (only for ``scaled``).
         """
         if protocol.beta_reduction == "mean3":
-            # Systems with one result count it three times: the mean is that one value.
-            beta = sum(self.betas.values()) / len(self.betas)
+            # Systems with one result count it three times: the mean is that one value. Tests
+            # with a missing modality are ours and do not enter it.
+            whole = [b for name, b in self.betas.items() if not name.startswith(MISSING)]
+            beta = self.betas[modality] if modality.startswith(MISSING) else sum(whole) / len(whole)
         else:
             beta = self.betas[modality]
         if protocol.calibration == "absolute":
@@ -51,20 +55,20 @@ class Calibration:
 
 
 def calibrate(
-    nearest: Mapping[str, Nearest], protocol: Protocol, scale: float
+    nearest: Mapping[str, Nearest], grid: BetaGrid, scale: float
 ) -> tuple[Calibration, dict[str, Scores]]:
     """Choose beta on VAL: the first grid value with the highest HM, per modality.
 
     Args:
         nearest: VAL distances by modality; must contain ``both``.
-        protocol: gives the grid.
+        grid: the values to try.
         scale: class-distance scale of the stage-1 weights.
 
     Returns:
         The calibration and the VAL scores at the chosen values.
     """
-    grid = protocol.beta_grid.values()
-    scores = {modality: facts.sweep(grid) for modality, facts in nearest.items()}
-    at_end = scores[BOTH].beta in (grid[0], grid[-1]) and len(grid) > 1
+    values = grid.values()
+    scores = {modality: facts.sweep(values) for modality, facts in nearest.items()}
+    at_end = scores[BOTH].beta in (values[0], values[-1]) and len(values) > 1
     betas = {modality: score.beta for modality, score in scores.items()}
     return Calibration(betas, scale, at_end), scores

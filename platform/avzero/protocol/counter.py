@@ -115,3 +115,23 @@ def dropout_mask(
     x >>= 31
     x &= (1 / (1 - probability)).to(torch.float32).view(torch.int32)
     return x.view(torch.float32)
+
+
+def uniform_floats(key: Tensor, shape: torch.Size, first: int, total: int) -> Tensor:
+    """Return float32 values of ``shape``, uniform over the open interval 0 … 1.
+
+    The arguments are those of ``dropout_mask``; resolution 2^-24.
+    """
+    count = shape.numel()
+    x = _lattice(total, key.device)[first : first + count].view(shape) + key[0]
+    for shift in (15, 13):  # two rounds: unlike a mask, all upper 24 bits are used
+        x ^= x >> shift
+        x *= key[1] | 1
+    x ^= x >> 16
+    return (((x >> 8) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+
+
+def normal_floats(key: Tensor, shape: torch.Size, first: int, total: int) -> Tensor:
+    """Return float32 values of ``shape`` from the standard normal distribution."""
+    uniform = uniform_floats(key, shape, first, total)
+    return torch.erfinv(2 * uniform - 1) * 2**0.5

@@ -12,7 +12,7 @@ All scores are fractions in 0 … 1. S and U are unweighted means of per-class r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,16 @@ class Nearest:
     """What scoring needs of N samples; all arrays have N entries.
 
     ``limit``: the sample is called seen iff beta < limit. ``hit``: the true class is the nearest
-    of its own group. ``target``: class id. ``seen``: whether the true class is seen.
+    of its own group. ``target``: class id. ``seen``: whether the true class is seen. ``alone``:
+    the true class is the nearest where only its group is a candidate, which is ``hit`` but for
+    systems that use a second classifier then.
     """
 
     limit: Float64
     hit: Bool
     target: Int64
     seen: Bool
+    alone: Bool
 
     @classmethod
     def of(
@@ -94,6 +97,7 @@ class Nearest:
         target: Tensor,
         seen_ids: Tensor,
         unseen_ids: Tensor,
+        zsl_distances: Tensor | None = None,
     ) -> Nearest:
         """Reduce distances to what scoring needs.
 
@@ -103,6 +107,7 @@ class Nearest:
             target: int64 [N], true class id.
             seen_ids: int64 [K_s] ascending.
             unseen_ids: int64 [K_u] ascending.
+            zsl_distances: [N, K_u] of a classifier of unseen classes alone, where there is one.
 
         Raises:
             FloatingPointError: a distance is NaN: the model diverged.
@@ -120,23 +125,22 @@ class Nearest:
         seen_wins_tie = nearest_seen < nearest_unseen
         infinity = torch.tensor(torch.inf, dtype=torch.float64, device=gap.device)
         limit = torch.where(seen_wins_tie, torch.nextafter(gap, infinity), gap)
-        return cls(
-            limit.cpu().numpy(), hit.cpu().numpy(), target.cpu().numpy(), is_seen.cpu().numpy()
-        )
+        alone = hit
+        if zsl_distances is not None:
+            if torch.isnan(zsl_distances).any():
+                raise FloatingPointError("a distance to a class is NaN")
+            alone = torch.where(is_seen, hit, unseen_ids[zsl_distances.argmin(dim=1)] == target)
+        return cls(*(x.cpu().numpy() for x in (limit, hit, target, is_seen, alone)))
 
     @staticmethod
     def concatenate(blocks: Sequence[Nearest]) -> Nearest:
         """Join blocks of samples."""
-        return Nearest(
-            np.concatenate([block.limit for block in blocks]),
-            np.concatenate([block.hit for block in blocks]),
-            np.concatenate([block.target for block in blocks]),
-            np.concatenate([block.seen for block in blocks]),
-        )
+        columns = [[getattr(block, f.name) for block in blocks] for f in fields(Nearest)]
+        return Nearest(*(np.concatenate(column) for column in columns))
 
     def subset(self, keep: Bool) -> Nearest:
         """Return the samples where ``keep`` holds."""
-        return Nearest(self.limit[keep], self.hit[keep], self.target[keep], self.seen[keep])
+        return Nearest(*(getattr(self, f.name)[keep] for f in fields(Nearest)))
 
     def _weights(self) -> Float64:
         """Return each sample's share in the mean of per-class recalls of its group."""
@@ -159,7 +163,7 @@ class Nearest:
     @property
     def zsl(self) -> float:
         """Mean recall of unseen classes when only unseen classes are candidates."""
-        return float(self._steps(False)[1][-1])
+        return float(self._weights()[self.alone & ~self.seen].sum())
 
     def at_many(self, betas: Sequence[float] | Float64) -> tuple[Float64, Float64]:
         """Return S and U at each of ``betas``."""
@@ -207,7 +211,7 @@ class Nearest:
         correct = self.hit & np.where(self.seen, beta < self.limit, beta >= self.limit)
         ids, inverse, counts = np.unique(self.target, return_inverse=True, return_counts=True)
         recall = np.bincount(inverse, weights=correct, minlength=len(ids)) / counts
-        zsl = np.bincount(inverse, weights=self.hit, minlength=len(ids)) / counts
+        zsl = np.bincount(inverse, weights=self.alone, minlength=len(ids)) / counts
         zsl[np.isin(ids, self.target[self.seen])] = np.nan
         return PerClass(ids.astype(np.int64), recall, zsl, counts.astype(np.int64))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 from avzero.data.benchmark import Benchmark, BenchmarkInfo, Part
 from avzero.errors import UserError
 from avzero.models._contract import Batch, Model, Shapes
+from avzero.models._registry import model_class
+from avzero.protocol.calibration import BOTH, MISSING
 from avzero.protocol.sampling import ClassUniformSampler, Draws
 from avzero.protocol.scoring import Nearest
 from avzero.protocol.stages import STAGES, Stage
-from avzero.spec import Protocol, Task
+from avzero.spec import InputScaling, Protocol, Task
 
 _ROWS = 4096
 """Rows embedded at once in evaluation."""
@@ -23,21 +25,33 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class Scaling:
-    """Input scaling per modality (P-17): subtract ``shift``, divide by ``scale``, or unit norm."""
+    """Input scaling per modality (P-17), and which modality is withheld.
 
-    shift: Mapping[str, Tensor]
-    scale: Mapping[str, Tensor]
-    unit_norm: bool
+    ``rule``: see ``spec.InputScaling``; ``shift`` and ``scale`` are fitted on training rows for
+    the rules that need it. Rows of an ``absent`` modality are zeros.
+    """
+
+    rule: InputScaling
     dtype: torch.dtype
+    shift: Mapping[str, Tensor] = field(default_factory=dict)
+    scale: Mapping[str, Tensor] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
 
     def apply(self, modality: str, rows: Tensor) -> Tensor:
         """Return scaled rows [..., d] in the run's precision."""
         rows = rows.to(self.dtype)
-        if self.unit_norm:
+        if modality in self.absent:
+            return torch.zeros_like(rows)
+        if self.rule == "l2":
             return torch.nn.functional.normalize(rows, dim=-1)
-        if modality in self.shift:
-            return (rows - self.shift[modality]) / self.scale[modality]
-        return rows
+        if self.rule == "none":
+            return rows
+        rows = (rows - self.shift[modality]) / self.scale[modality]
+        return rows.clamp(0, 1) if self.rule == "minmax" else rows
+
+    def without(self, modality: str) -> Scaling:
+        """Return the same scaling with one more modality withheld."""
+        return replace(self, absent=self.absent | {modality})
 
 
 @dataclass(frozen=True)
@@ -86,12 +100,35 @@ class StageData:
         )
         self.train_text = self.class_text[self.sampler.classes]
         _require_text(self.train_text, self.sampler.classes, self.info)
-        self.scaling = _fit_scaling(self.features, rows, protocol, self.dtype)
+        self.seed = task.seed
+        self.scaling = _fit_scaling(self.features, rows, task, self.dtype)
+        self._rows, self._class_id = rows, samples.class_id[rows]
+        _require_nonnegative(task, self)
+
+    def training_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return class ids [n] and row numbers [n] of the stage's training samples."""
+        return self._class_id, self._rows
 
     @property
     def shapes(self) -> Shapes:
         """Sizes a system must be built for."""
         return Shapes(dict(self.info.dims), self.class_text.shape[1])
+
+    def low(self) -> float:
+        """Return the smallest scaled feature of the training rows."""
+        return min(float(x.min()) for block, _ in self.blocks(self._rows) for x in block.values())
+
+    def blocks(self, rows: np.ndarray) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield (scaled features, row numbers) of at most ``_ROWS`` samples."""
+        for start in range(0, len(rows), _ROWS):
+            index = torch.from_numpy(rows[start : start + _ROWS]).to(self.device)
+            yield (
+                {
+                    m: self.scaling.apply(m, x.index_select(0, index))
+                    for m, x in self.features.items()
+                },
+                index,
+            )
 
     def batch(self, draws: Draws, step: int, rank: int, size: int) -> Batch:
         """Gather one worker's share of a step's global batch."""
@@ -135,11 +172,41 @@ def evaluation_set(
     )
 
 
+class SeenRows:
+    """The stage's training samples of some seen classes (``models._contract.TrainingRows``)."""
+
+    def __init__(self, data: StageData, seen_ids: Tensor) -> None:
+        classes, rows = data.training_rows()
+        keep = np.isin(classes, seen_ids.cpu().numpy())
+        self._data, self._rows = data, rows[keep]
+        at = np.searchsorted(seen_ids.cpu().numpy(), classes[keep])
+        self.label = torch.from_numpy(at).to(data.device)
+        self.seed = data.seed
+
+    def blocks(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield (features, labels) of all rows, in a fixed order."""
+        start = 0
+        for features, index in self._data.blocks(self._rows):
+            yield features, self.label[start : start + len(index)]
+            start += len(index)
+
+
 @torch.no_grad()
 def nearest(
-    model: Model, data: EvaluationSet, text: Tensor, scaling: Scaling, protocol: Protocol
+    model: Model,
+    stage: StageData,
+    data: EvaluationSet,
+    protocol: Protocol,
+    withhold: bool = False,
 ) -> tuple[dict[str, Nearest], float]:
     """Score a model on an evaluation set, in eval mode.
+
+    Args:
+        model: the system.
+        stage: what it was trained on.
+        data: rows to score and their candidate classes.
+        protocol: gives the distance.
+        withhold: score also with each modality missing, as ``missing_<modality>``.
 
     Returns:
         What scoring needs, by modality, and the scale of the class embeddings: the median over
@@ -148,19 +215,32 @@ def nearest(
     was_training = model.training
     model.eval()
     try:
-        classes = torch.cat([data.seen_ids, data.unseen_ids])
-        embedded = model.embed_classes(text[classes])
-        n_seen = len(data.seen_ids)
+        text = stage.class_text[torch.cat([data.seen_ids, data.unseen_ids])]
+        n_seen, n = len(data.seen_ids), len(text)
+        table = model.candidates(text, n_seen, SeenRows(stage, data.seen_ids))
         blocks: dict[str, list[Nearest]] = {}
-        for features, target in data.chunks(scaling):
-            distances = model.distances(
-                model.embed(features), embedded, protocol.distance == "squared_l2"
-            )
-            for name, d in distances.items():
-                facts = Nearest.of(
-                    d[:, :n_seen], d[:, n_seen:], target, data.seen_ids, data.unseen_ids
-                )
-                blocks.setdefault(name, []).append(facts)
+
+        def score(scaling: Scaling, missing: str = "") -> None:
+            for features, target in data.chunks(scaling):
+                squared = protocol.distance == "squared_l2"
+                for name, d in model.distances(model.embed(features), table, squared).items():
+                    if missing and name != BOTH:
+                        continue
+                    facts = Nearest.of(
+                        d[:, :n_seen],
+                        d[:, n_seen:n],
+                        target,
+                        data.seen_ids,
+                        data.unseen_ids,
+                        d[:, n:] if d.shape[1] > n else None,
+                    )
+                    blocks.setdefault(missing or name, []).append(facts)
+
+        score(stage.scaling)
+        if withhold and not stage.scaling.absent:
+            for modality in data.features:
+                score(stage.scaling.without(modality), MISSING + modality)
+        embedded = model.embed_classes(text)
         gaps = torch.cdist(embedded[n_seen:], embedded[:n_seen]).amin(dim=1)
         scale = float(gaps.median())
     finally:
@@ -184,24 +264,47 @@ def _require_text(vectors: Tensor, ids: Tensor, info: BenchmarkInfo) -> None:
         )
 
 
+def _require_nonnegative(task: Task, data: StageData) -> None:
+    """Refuse features a system cannot use, with its own words."""
+    why = model_class(task.model).needs_nonnegative
+    if why and (low := data.low()) < 0:
+        raise UserError(
+            f"{task.model} cannot use the features of benchmark {data.info.name} (smallest value "
+            f"{low:.3g}): {why}"
+        )
+
+
 def _fit_scaling(
-    features: Mapping[str, Tensor], rows: np.ndarray, protocol: Protocol, dtype: torch.dtype
+    features: Mapping[str, Tensor], rows: np.ndarray, task: Task, dtype: torch.dtype
 ) -> Scaling:
     """Fit input scaling on the training rows of the stage only."""
-    if protocol.input_scaling != "standard":
-        return Scaling({}, {}, protocol.input_scaling == "l2", dtype)
+    protocol = task.protocol
+    rule = task.config.get("input_scaling", "protocol")
+    rule = protocol.input_scaling if rule == "protocol" else rule
+    absent = frozenset(m for m in features if protocol.modality not in ("both", m))
+    if rule in ("none", "l2"):
+        return Scaling(rule, dtype, absent=absent)
     shift, scale = {}, {}
     for modality, table in features.items():
-        index = torch.from_numpy(rows).to(table.device)
-        total = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
-        square = torch.zeros_like(total)
-        for start in range(0, len(index), _ROWS):
-            block = table.index_select(0, index[start : start + _ROWS]).to(torch.float64)
-            total += block.sum(0)
-            square += block.square().sum(0)
-        mean = total / len(index)
-        std = (square / len(index) - mean.square()).clamp_min(0).sqrt()
-        shift[modality] = mean.to(dtype)
+        shift[modality], width = _fit(table, rows, rule)
         # A constant dimension carries nothing; dividing by 1 leaves it at zero.
-        scale[modality] = torch.where(std < 1e-6, torch.ones_like(std), std).to(dtype)
-    return Scaling(shift, scale, False, dtype)
+        scale[modality] = torch.where(width < 1e-6, torch.ones_like(width), width).to(dtype)
+        shift[modality] = shift[modality].to(dtype)
+    return Scaling(rule, dtype, shift, scale, absent)
+
+
+def _fit(table: Tensor, rows: np.ndarray, rule: str) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation, or minimum and range, of each dimension over ``rows``."""
+    index = torch.from_numpy(rows).to(table.device)
+    total = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
+    square, low, high = torch.zeros_like(total), total + torch.inf, total - torch.inf
+    for start in range(0, len(index), _ROWS):
+        block = table.index_select(0, index[start : start + _ROWS]).to(torch.float64)
+        total += block.sum(0)
+        square += block.square().sum(0)
+        low = torch.minimum(low, block.amin(0))
+        high = torch.maximum(high, block.amax(0))
+    if rule == "minmax":
+        return low, high - low
+    mean = total / len(index)
+    return mean, (square / len(index) - mean.square()).clamp_min(0).sqrt()

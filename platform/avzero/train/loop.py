@@ -15,8 +15,8 @@ from torch import Tensor
 
 from avzero.data.benchmark import Benchmark
 from avzero.errors import UserError
-from avzero.models._contract import Context, Model, trainable
-from avzero.models._layers import Dropout
+from avzero.models._contract import Batch, Context, Model, trainable
+from avzero.models._layers import Site
 from avzero.models._registry import build
 from avzero.protocol.calibration import BOTH, calibrate
 from avzero.protocol.counter import fold, site_keys
@@ -61,7 +61,7 @@ class Trainer:
         self.device = torch.device(device)
         self.data = StageData(benchmark, task, self.device)
         self.model: Model = build(task, self.data.shapes).to(self.device)
-        self.sites = sum(isinstance(m, Dropout) for m in self.model.modules())
+        self.sites = sum(isinstance(m, Site) for m in self.model.modules())
         named = list(trainable(self.model))
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -145,43 +145,48 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        log: list[Tensor] = []
-        names: list[str] = []
+        log: list[tuple[int, list[str], Tensor]] = []
         for step in range(steps):
             context = Context(keys[step], self.world)
-            batch = self.data.batch(draws, step, rank, size)
-            terms = self.model.loss(batch, context)
-            names = names or list(terms)
-            values = torch.stack(list(terms.values()))
-            self.optimizer.zero_grad(set_to_none=True)
-            values.sum().backward()  # type: ignore[no-untyped-call]
-            self._share_gradients()
-            self.optimizer.step()
-            with torch.no_grad():
-                self.model.settle(batch, context)
-            log.append(values.detach())
-        return self._mean_losses(names, torch.stack(log), epoch)
+            batch: Batch | None = None
+            for number, part in enumerate(self.model.passes(step)):
+                batch = batch or self.data.batch(draws, step, rank, size)
+                terms = self.model.loss(batch, context.salted(3 * number)._replace(part=part))
+                values = torch.stack(list(terms.values()))
+                self.optimizer.zero_grad(set_to_none=True)
+                values.sum().backward()  # type: ignore[no-untyped-call]
+                self._share_gradients()
+                self.optimizer.step()
+                log.append((step, list(terms), values.detach()))
+            if batch is not None:
+                with torch.no_grad():
+                    self.model.settle(batch, context)
+        return self._mean_losses(log, epoch)
 
     def _share_gradients(self) -> None:
-        """Average gradients over the workers; a parameter without one gets zeros."""
-        if self.world is None:
-            return
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.world.average([p.grad for p in self.parameters if p.grad is not None])
-
-    def _mean_losses(self, names: list[str], log: Tensor, epoch: int) -> dict[str, float]:
-        """Return the mean terms of an epoch from [steps, terms]; refuse what is not finite."""
+        """Average gradients over the workers; what a pass does not reach has none anywhere."""
         if self.world is not None:
-            self.world.average([log])
-        if not torch.isfinite(log).all():
-            step, term = (~torch.isfinite(log)).nonzero()[0].tolist()
+            self.world.average([p.grad for p in self.parameters if p.grad is not None])
+
+    def _mean_losses(
+        self, log: list[tuple[int, list[str], Tensor]], epoch: int
+    ) -> dict[str, float]:
+        """Return the mean of every term over the steps that had it; refuse what is not finite."""
+        flat = torch.cat([values for _, _, values in log])
+        if self.world is not None:
+            self.world.average([flat])
+        flat = flat.to(torch.float64).cpu()
+        places = [(step, name) for step, names, _ in log for name in names]
+        if not torch.isfinite(flat).all():
+            step, name = places[int((~torch.isfinite(flat)).nonzero()[0])]
             raise TrainingFailed(
-                f"loss term {names[term]} is not finite in epoch {epoch}, step {step}; "
+                f"loss term {name} is not finite in epoch {epoch}, step {step}; "
                 "lower lr, or standardise the inputs (protocol.input_scaling)"
             )
-        return dict(zip(names, log.mean(0, dtype=torch.float64).tolist(), strict=True))
+        index: dict[str, list[int]] = {}
+        for i, (_, name) in enumerate(places):
+            index.setdefault(name, []).append(i)
+        return {name: float(flat[at].mean()) for name, at in index.items()}
 
     def _evaluate(self) -> dict[str, float]:
         """Return the VAL scores at the best grid value; rank 0 computes, all workers agree."""
@@ -190,14 +195,9 @@ class Trainer:
         scores: dict[str, float] | None = {}
         if self.first:
             try:
-                facts, scale = nearest(
-                    self.model,
-                    self.val,
-                    self.data.class_text,
-                    self.data.scaling,
-                    self.task.protocol,
-                )
-                scores = calibrate(facts, self.task.protocol, scale)[1][BOTH].as_dict()
+                facts, scale = nearest(self.model, self.data, self.val, self.task.protocol)
+                grid = self.task.protocol.beta_grid or self.model.beta_grid
+                scores = calibrate(facts, grid, scale)[1][BOTH].as_dict()
             except FloatingPointError:
                 scores = None  # the other workers wait for an answer: none is one too
         if self.world is not None:
@@ -237,9 +237,11 @@ class Trainer:
         if weights:
             self.model.load_state_dict(weights)
             for name, parameter in zip(self.names, self.parameters, strict=True):
+                # A parameter no pass has reached yet has no moments.
                 self.optimizer.state[parameter] = {
                     key: moments[f"{key}/{name}"].to(self.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}/{name}" in moments
                 }
         return state
 

@@ -63,10 +63,10 @@ def conclude_stage_1(folder: RunFolder, benchmark: Benchmark) -> tuple[Result, F
     state = finished_state(folder)
     data = StageData(benchmark, task, _CPU)
     model = load_model(folder, state, data)
-    facts, scale = nearest(
-        model, data.evaluation(benchmark, STAGE_1), data.class_text, data.scaling, task.protocol
-    )
-    calibration, scores = calibrate(facts, task.protocol, scale)
+    rows = data.evaluation(benchmark, STAGE_1)
+    facts, scale = nearest(model, data, rows, task.protocol, withhold=True)
+    grid = task.protocol.beta_grid or model.beta_grid
+    calibration, scores = calibrate(facts, grid, scale)
     frozen = Frozen(
         task, state.best_epoch, lr_sequence(state.history), calibration, scores[BOTH].as_dict()
     )
@@ -98,7 +98,7 @@ def score_test(store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: st
     }
     test = open_test(store, frozen, task, betas[BOTH], sweep, code_revision())
     rows = evaluation_set(test, STAGE_2, data.class_text, _CPU)
-    facts, _ = nearest(model, rows, data.class_text, data.scaling, task.protocol)
+    facts, _ = nearest(model, data, rows, task.protocol, withhold=True)
     scores = {modality: facts[modality].at(beta) for modality, beta in betas.items()}
     extra = _source_disjoint(benchmark, test, facts[BOTH], betas[BOTH])
     result = _result(folder, state, model, facts, scores, frozen.calibration, frozen.digest, extra)

@@ -28,6 +28,24 @@ class _Sum(torch.autograd.Function):
         return out
 
 
+class _Gather(torch.autograd.Function):
+    """All-gather of rows; every worker computes with all rows, so gradients of a row add up."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values.contiguous())
+        ctx.rows = len(values)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        out = gradients[0].clone()
+        dist.all_reduce(out)
+        start = dist.get_rank() * ctx.rows
+        return out[start : start + ctx.rows]
+
+
 class TorchWorld:
     """The process group Ray Train has set up (gloo on CPU, NCCL on GPU)."""
 
@@ -38,6 +56,11 @@ class TorchWorld:
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all workers; gradients pass through."""
         out: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+        return out
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return all workers' rows in rank order; gradients pass through."""
+        out: Tensor = _Gather.apply(values)  # type: ignore[no-untyped-call]
         return out
 
     def average(self, tensors: Sequence[Tensor]) -> None:
