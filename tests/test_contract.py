@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,37 +12,80 @@ from avzero.data.benchmark import Benchmark
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.models._contract import Batch, Context, Model, Shapes, trainable
-from avzero.models._layers import Site
+from avzero.models._layers import Site, number_sites
 from avzero.models._registry import build, make_config, model_class, model_files
 from avzero.protocol.counter import fold, site_keys
 from avzero.spec import Preset, TrainConfig
 from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
 from avzero.tune.space import load_space
-from tests.conftest import make_task
+from tests.conftest import SMALL, make_task
 
 SYSTEMS = list(model_files())
 every_system = pytest.mark.parametrize("system", SYSTEMS)
-SHAPES = Shapes({"audio": 9, "video": 11}, 300)
+CLASSES, SEEN = 4, 3
+SETS = {
+    "averaged": Shapes({"audio": 9, "video": 11}, 300),
+    "clipclap": Shapes({"audio": 1024, "video": 512}, 1536),
+    "temporal": Shapes({"audio": 9, "video": 11}, 300, temporal=True),
+}
+SHAPES = SETS["averaged"]
 
 
-def make(system: str, preset: Preset = Preset.PAPER, **values: object) -> Model:
+def sets() -> list[tuple[str, str]]:
+    """Return every (system, feature set it says it can use)."""
+    return [(s, kind) for s in SYSTEMS for kind in model_class(s).card.features]
+
+
+def make(
+    system: str, preset: Preset = Preset.PAPER, shapes: Shapes = SHAPES, **values: object
+) -> Model:
     cls = model_class(system)
     torch.manual_seed(0)
-    return cls(cls.Config.model_validate(make_config(system, values, preset, "test")), SHAPES)
+    chosen = SMALL.get(system, {}) | values
+    model = cls(cls.Config.model_validate(make_config(system, chosen, preset, "test")), shapes)
+    number_sites(model)
+    return model.float().train()
 
 
-def batch(rows: int = 12, classes: int = 4, seed: int = 0) -> Batch:
+def batch(rows: int = 12, seed: int = 0, shapes: Shapes = SHAPES) -> Batch:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    table = torch.nn.functional.normalize(draw(classes, SHAPES.text), dim=1)
-    anchor = torch.arange(rows) % classes
-    label = torch.stack([anchor, (anchor + 1) % classes], 1)
-    features = {m: draw(rows, 2, d).abs() for m, d in SHAPES.features.items()}
+    table = torch.nn.functional.normalize(draw(CLASSES, shapes.text), dim=1)
+    anchor = torch.arange(rows) % CLASSES
+    label = torch.stack([anchor, (anchor + 1) % CLASSES], 1)
+    if not shapes.temporal:
+        features = {m: draw(rows, 2, d).abs() for m, d in shapes.features.items()}
+        return Batch(features, table[label], label, table)
+    features = {}
+    for (m, d), steps in zip(shapes.features.items(), (5, 3), strict=True):
+        length = torch.randint(1, steps + 1, (rows, 2), generator=generator)
+        length[0] = steps
+        real = torch.arange(steps) < length[..., None]
+        features[m] = draw(rows, 2, steps, d).abs() * real[..., None]
+        features[f"{m}_length"] = length
     return Batch(features, table[label], label, table)
+
+
+def anchors(data: Batch) -> dict[str, torch.Tensor]:
+    return {m: x[:, 0] for m, x in data.features.items()}
+
+
+class Rows:
+    """Training rows of the seen classes of a batch."""
+
+    seed = 3
+
+    def __init__(self, data: Batch) -> None:
+        keep = data.label[:, 0] < SEEN
+        self._features = {m: x[keep] for m, x in anchors(data).items()}
+        self.label = data.label[:, 0][keep]
+
+    def blocks(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        yield self._features, self.label
 
 
 def context(model: Model, step: int = 0) -> Context:
@@ -49,17 +93,34 @@ def context(model: Model, step: int = 0) -> Context:
     return Context(site_keys(fold(step), 1, sites, torch.device("cpu"))[0])
 
 
+def parts(model: Model) -> list[str]:
+    """Return the names of a system's passes."""
+    return list(dict.fromkeys(part for step in range(12) for part in model.passes(step)))
+
+
+def terms(model: Model, data: Batch, ctx: Context) -> dict[str, torch.Tensor]:
+    """Return the loss terms of all passes."""
+    found = {}
+    for part in parts(model):
+        for name, term in model.loss(data, ctx._replace(part=part)).items():
+            found[f"{part}/{name}"] = term
+    return found
+
+
 def total(model: Model, data: Batch, ctx: Context) -> torch.Tensor:
-    return torch.stack(list(model.loss(data, ctx).values())).sum()
+    return torch.stack(list(terms(model, data, ctx).values())).sum()
 
 
-@every_system
-def test_terms_are_finite_scalars_and_gradients_reach_everything(system: str) -> None:
-    model = make(system).float().train()
-    data = batch()
-    terms = model.loss(data, context(model))
-    assert terms and all(term.dim() == 0 and torch.isfinite(term) for term in terms.values())
-    total(model, data, context(model)).backward()
+@pytest.mark.parametrize(("system", "kind"), sets())
+@pytest.mark.parametrize("preset", list(Preset))
+def test_terms_are_finite_scalars_and_gradients_reach_everything(
+    system: str, kind: str, preset: Preset
+) -> None:
+    model = make(system, preset, SETS[kind])
+    data = batch(shapes=SETS[kind])
+    found = terms(model, data, context(model))
+    assert found and all(term.dim() == 0 and torch.isfinite(term) for term in found.values())
+    torch.stack(list(found.values())).sum().backward()
     learning = {name for name, _ in trainable(model)}
     assert learning | model.frozen() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -68,47 +129,75 @@ def test_terms_are_finite_scalars_and_gradients_reach_everything(system: str) ->
             assert torch.isfinite(parameter.grad).all(), name
 
 
-@every_system
-def test_embeddings_and_distances(system: str) -> None:
-    model = make(system).float().eval()
-    data = batch()
-    features = {m: x[:, 0] for m, x in data.features.items()}
-    z, t = model.embed(features), model.embed_classes(data.class_text)
-    for squared in (False, True):
-        distances = model.distances(z, t, squared)
-        assert "both" in distances
-        assert all(d.shape == (12, 4) for d in distances.values())
-    plain = model.distances(z, t, False)["both"]
-    torch.testing.assert_close(model.distances(z, t, True)["both"], plain.square())
-    again = model.distances(model.embed(features), model.embed_classes(data.class_text), False)
-    torch.testing.assert_close(again["both"], plain, rtol=0, atol=0)
-    one = model.embed({m: x[:1] for m, x in features.items()})
+@pytest.mark.parametrize(("system", "kind"), sets())
+def test_embeddings_and_distances(system: str, kind: str) -> None:
+    model = make(system, shapes=SETS[kind]).eval()
+    data = batch(shapes=SETS[kind])
+    with torch.no_grad():
+        z, t = model.embed(anchors(data)), model.candidates(data.class_text, SEEN, Rows(data))
+        assert model.embed_classes(data.class_text).shape[0] == CLASSES
+        plain, squared = (model.distances(z, t, flag) for flag in (False, True))
+        again = model.candidates(data.class_text, SEEN, Rows(data))
+        one = model.embed({m: x[:1] for m, x in anchors(data).items()})
+        repeated = model.distances(model.embed(anchors(data)), again, False)
+    assert "both" in plain and plain.keys() == squared.keys()
+    assert len(t) in (CLASSES, 2 * CLASSES - SEEN)
+    assert all(d.shape == (12, len(t)) and torch.isfinite(d).all() for d in plain.values())
+    for name in plain.keys() - ({"both"} if len(plain) > 1 else set()):
+        if not torch.equal(squared[name], plain[name]):  # minus logits have no square
+            torch.testing.assert_close(squared[name], plain[name].square())
+    torch.testing.assert_close(repeated["both"], plain["both"], rtol=0, atol=0)
     for key, value in one.items():
-        torch.testing.assert_close(value, z[key][:1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, z[key][:1], rtol=1e-3, atol=1e-4)
+
+
+@every_system
+@pytest.mark.parametrize("missing", ["audio", "video"])
+def test_a_missing_modality_is_no_catastrophe(system: str, missing: str) -> None:
+    """Zeros for one modality, in training and at test: everything stays finite."""
+    model = make(system)
+    data = batch()
+    data.features[missing] = torch.zeros_like(data.features[missing])
+    found = terms(model, data, context(model))
+    torch.stack(list(found.values())).sum().backward()
+    assert all(torch.isfinite(term) for term in found.values())
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        table = model.candidates(data.class_text, SEEN, Rows(data))
+        distances = model.distances(model.embed(anchors(data)), table, False)
+    assert all(torch.isfinite(d).all() for d in distances.values())
 
 
 @every_system
 @pytest.mark.parametrize("preset", list(Preset))
 def test_loss_falls(system: str, preset: Preset) -> None:
-    model = make(system, preset).float().train()
+    """By a tenth within 200 steps; of several passes (adversaries) in one at least."""
+    model = make(system, preset)
     optimizer = torch.optim.Adam([p for _, p in trainable(model)], lr=1e-3)
-    losses = []
-    for step in range(40):
+    history: dict[str, list[float]] = {}
+    fell: list[bool] = []
+    for step in range(200):
         data = batch(seed=step % 4)
-        optimizer.zero_grad()
-        loss = total(model, data, context(model, step))
-        loss.backward()
-        optimizer.step()
+        for part in parts(model):
+            optimizer.zero_grad(set_to_none=True)
+            ctx = context(model, step)._replace(part=part)
+            loss = torch.stack(list(model.loss(data, ctx).values())).sum()
+            loss.backward()
+            optimizer.step()
+            history.setdefault(part, []).append(loss.item())
         with torch.no_grad():
             model.settle(data, context(model, step))
-        losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+        fell = [sum(x[-5:]) < 0.9 * sum(x[:5]) for x in history.values()]
+        if step > 5 and (all(fell) or (len(fell) > 1 and any(fell))):
+            return
+    pytest.fail(f"{history}")
 
 
 @every_system
 def test_forward_writes_no_python_state(system: str) -> None:
     """Design rule 4: a step may change buffers, nothing else, or stacking would be wrong."""
-    model = make(system).float().train()
+    model = make(system)
 
     def plain_state() -> dict[str, str]:
         return {
@@ -126,7 +215,7 @@ def test_forward_writes_no_python_state(system: str) -> None:
 @every_system
 def test_stacks_under_vmap(system: str) -> None:
     """Two configurations in one stacked call give the losses each gives alone."""
-    models = [make(system).float().train() for _ in range(2)]
+    models = [make(system) for _ in range(2)]
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in models[1].parameters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.multiprocessing as mp
 
 from avzero.data.benchmark import Benchmark
 from avzero.data.store import FeatureStore
+from avzero.models._registry import model_files
 from avzero.spec import Task
 from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
@@ -21,8 +23,8 @@ from tests.conftest import make_task
 NO_DROPOUT = {"r_enc": 0.0, "r_proj": 0.0, "r_add": 0.0}
 
 
-def run(rank: int, size: int, port: int, url: str, task_json: str, out: str) -> None:
-    """Train a task on one of ``size`` workers; every step is an epoch, so every loss is kept."""
+def run(rank: int, size: int, port: int, url: str, tasks: list[str], out: str) -> None:
+    """Train tasks one after the other on one of ``size`` workers; keep records and weights."""
     torch.set_num_threads(1)
     if size > 1:
         os.environ.update(
@@ -34,24 +36,39 @@ def run(rank: int, size: int, port: int, url: str, task_json: str, out: str) -> 
         )
         torch.distributed.init_process_group("gloo")
     store = FeatureStore(url)
-    task = Task.model_validate_json(task_json)
-    folder = RunFolder(store.storage, task)
-    folder.prefix += f"-{size}"
-    trainer = Trainer(task, store.open(task.benchmark), folder, global_world())
-    records = [(e.losses, e.val, e.lr) for e in trainer.epochs()]
-    torch.save((records, trainer.model.state_dict()), f"{out}.{size}.{rank}")
+    done = []
+    for text in tasks:
+        task = Task.model_validate_json(text)
+        folder = RunFolder(store.storage, task)
+        folder.prefix += f"-{size}"
+        trainer = Trainer(task, store.open(task.benchmark), folder, global_world())
+        records = [(e.losses, e.val, e.lr) for e in trainer.epochs()]
+        done.append((records, trainer.model.state_dict()))
+    torch.save(done, f"{out}.{size}.{rank}")
 
 
-def both(task: Task, store: FeatureStore, tmp_path: Path) -> list[tuple[list, dict]]:
+Outcome = tuple[list[Any], dict[str, torch.Tensor]]
+
+
+def both(task: Task, store: FeatureStore, tmp_path: Path) -> tuple[Outcome, Outcome, Outcome]:
     """Return (records, state) of one worker, and of each of two."""
+    return many([task], store, tmp_path)[0]
+
+
+def many(
+    tasks: list[Task], store: FeatureStore, tmp_path: Path
+) -> list[tuple[Outcome, Outcome, Outcome]]:
+    """Return ``both`` of several tasks, trained in the same processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     out = str(tmp_path / "run")
     for size in (1, 2):
-        arguments = (size, port, store.storage.url, task.model_dump_json(), out)
+        texts = [task.model_dump_json() for task in tasks]
+        arguments = (size, port, store.storage.url, texts, out)
         mp.spawn(run, arguments, nprocs=size)  # type: ignore[no-untyped-call]
-    return [torch.load(f"{out}.{size}.{rank}") for size, rank in ((1, 0), (2, 0), (2, 1))]
+    loaded = [torch.load(f"{out}.{size}.{rank}") for size, rank in ((1, 0), (2, 0), (2, 1))]
+    return list(zip(*loaded, strict=True))
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -99,3 +116,24 @@ def test_float32_agrees_until_rounding_grows(
     (one, _), (two, _), _ = both(task, store, tmp_path)
     assert two[0][0] == pytest.approx(one[0][0], rel=1e-5)
     assert sum(two[2][0].values()) == pytest.approx(sum(one[2][0].values()), rel=1e-2)
+
+
+def test_every_system_on_two_workers(
+    benchmark: Benchmark, store: FeatureStore, tmp_path: Path
+) -> None:
+    """One group of two processes trains all systems, with dropout: losses equal one worker's."""
+    tasks = [
+        make_task(
+            benchmark,
+            system,
+            seed=5101,
+            train={"epochs": 2, "batches_per_epoch": 2, "batch_size": 24, "precision": "float64"},
+        )
+        for system in model_files()
+    ]
+    for task, (one, two, other) in zip(tasks, many(tasks, store, tmp_path), strict=True):
+        assert two[0] == other[0], f"{task.model}: the workers disagree"
+        for (losses, val, _), (losses_2, val_2, _) in zip(one[0], two[0], strict=True):
+            assert losses_2 == pytest.approx(losses, rel=1e-5, abs=1e-9), task.model
+            assert val_2 == pytest.approx(val), task.model
+        assert all(torch.equal(two[1][k], other[1][k]) for k in two[1]), task.model

@@ -11,64 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avzero.models._contract import Context, scalar
-from avzero.protocol.counter import dropout_mask, normal_floats, uniform_floats
+from avzero.models._random import Dropout, Noise, Site, number_sites
 
-
-class Site(nn.Module):
-    """A place in a system that draws random numbers in training; numbered by ``number_sites``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.site = 0
-
-    def lattice(self, count: int, context: Context) -> tuple[Tensor, int, int]:
-        """Return this step's keys, and where this worker's ``count`` elements lie among all."""
-        size, rank = (1, 0) if context.world is None else (context.world.size, context.world.rank)
-        return context.keys[self.site], rank * count, size * count
-
-
-class Noise(Site):
-    """Standard normal, or uniform 0 … 1, noise: a hash like dropout's."""
-
-    def __init__(self, uniform: bool = False) -> None:
-        super().__init__()
-        self.draw = uniform_floats if uniform else normal_floats
-
-    def forward(self, like: Tensor, width: int, context: Context) -> Tensor:
-        """Return noise [..., width] for rows ``like`` [..., d]."""
-        shape = torch.Size((*like.shape[:-1], width))
-        key, first, total = self.lattice(shape.numel(), context)
-        return self.draw(key, shape, first, total).to(like.dtype)
-
-
-class Dropout(Site):
-    """Dropout whose mask is a hash of (step key, site, element of the global batch).
-
-    The mask depends neither on the number of workers nor on other trials sharing the device. A
-    rate of exactly 0 at construction removes the layer.
-    """
-
-    p: Tensor
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        scalar(self, "p", p)
-        self.off = p == 0
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Return ``x`` with dropped elements zero and kept ones divided by 1 - p."""
-        if self.off or not self.training:
-            return x
-        key, first, total = self.lattice(x.numel(), context)
-        return x * dropout_mask(key, x.shape, self.p, first, total).to(x.dtype)
-
-
-def number_sites(model: nn.Module) -> int:
-    """Give every random layer of a model its own site; return how many there are."""
-    layers = [module for module in model.modules() if isinstance(module, Site)]
-    for site, layer in enumerate(layers):
-        layer.site = site
-    return len(layers)
+__all__ = [
+    "MLP",
+    "BatchNorm",
+    "Dropout",
+    "Noise",
+    "Projection",
+    "Site",
+    "Transformer",
+    "number_sites",
+]
 
 
 class BatchNorm(nn.Module):
