@@ -68,6 +68,16 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny simulated release of each pickled kind; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("pickled")
+    return {
+        kind: simulate(folder / kind / "TINY", "tiny", layout=kind)
+        for kind in ("clipclap", "temporal")
+    }
+
+
+@pytest.fixture(scope="session")
 def store(release: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """A store that holds the tiny benchmark as ``tiny``; tests may add runs, not change it."""
     target = FeatureStore(str(tmp_path_factory.mktemp("store")))

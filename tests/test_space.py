@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -9,8 +10,10 @@ import pytest
 
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
+from avzero.models._registry import model_class, model_files
 from avzero.spec import Job, load_job
 from avzero.tune.space import Group, load_space
+from avzero.tune.sweep import Sweep
 from tests.conftest import ROOT
 
 BASE = "name: x\nbenchmarks: [tiny]\nmodels: [avca]\n"
@@ -145,3 +148,38 @@ def test_compat_preset_reaches_the_model(store: FeatureStore) -> None:
     group = Group(job(protocol={"preset": "compat"}), store.info("tiny"), "avca")
     config = group.task({}).config
     assert config["train_pos_emb"] is False and config["bn_legacy_updates"] is True
+
+
+@pytest.mark.parametrize("system", list(model_files()))
+@pytest.mark.parametrize("features", ["main", "cls", "clipclap"])
+def test_trial_0_of_every_system_is_its_published_point(
+    system: str, features: str, store: FeatureStore
+) -> None:
+    """Under both presets; the preset's values survive where the job searches them."""
+    for dataset in ("UCF", "VGGSound", "ActivityNet"):
+        info = replace(store.info("tiny"), dataset=dataset, feature_set=features)
+        for preset in ("paper", "compat"):
+            settings = job(models=[system], protocol={"preset": preset})
+            group = Group(settings, info, system)
+            task = group.task(group.start_points[0])
+            stated = {} if group.published is None else group.published.values
+            whole = task.config | task.train.model_dump()
+            assert stated.items() <= whole.items()
+            if preset == "compat":
+                ours = dict(model_class(system).compat) | stated
+                assert {k: whole[k] for k in ours} == ours
+
+
+def test_one_benchmark_with_two_text_sets(store: FeatureStore) -> None:
+    settings = job(benchmarks=["tiny", "tiny:other"])
+    assert [settings.text_of(b) for b in settings.benchmarks] == [
+        ("tiny", "w2v"),
+        ("tiny", "other"),
+    ]
+    info = store.info("tiny")
+    plain, own = (Group(settings, info, "avca", text) for text in ("w2v", "other"))
+    assert (plain.key, own.key) == ("tiny--avca", "tiny+other--avca")
+    ids = {g.task(g.start_points[0]).id for g in (plain, own)}
+    assert len(ids) == 2 and own.task(own.start_points[0]).protocol.text == "other"
+    with pytest.raises(UserError, match="benchmarks lists tiny twice"):
+        Sweep(job(benchmarks=["tiny", "tiny:w2v"]), store)

@@ -211,7 +211,7 @@ def test_test_rows_stay_sealed(fresh: FeatureStore, raw: RawBenchmark) -> None:
     assert not set(samples.sample_id) & set(raw.test.samples.sample_id)
     assert fresh.openings("tiny") == []
     digest = fresh.info("tiny").digest
-    opening = Opening(digest, "avca", "trial", "run", "frozen", 1.5, 7, "sweep", "revision")
+    opening = Opening(digest, "avca", "w2v", "trial", "run", "frozen", 1.5, 7, "sweep", "revision")
     test = fresh.open_test(opening)
     assert len(test.part.samples) == 128
     (line,) = fresh.openings("tiny")

@@ -84,14 +84,17 @@ def simulate(
     root: Annotated[Path, typer.Argument(help="Folder to make; its name names the dataset.")],
     size: Annotated[str, typer.Option(help="tiny, small, UCF-main, UCF-cls, …")] = "small",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    layout: Annotated[
+        str, typer.Option(help="hdf5 (averaged), clipclap or temporal, as in the releases.")
+    ] = "hdf5",
 ) -> None:
     """Write a simulated dataset in the layout of the releases."""
     from avzero.data.simulate import simulate as make
 
     console = _console()
     with _progress(console) as progress:
-        make(root, size, seed, progress)
-    console.print(f"{root}: simulated dataset, size {size}, seed {seed}")
+        make(root, size, seed, progress, layout)
+    console.print(f"{root}: simulated dataset, size {size}, seed {seed}, layout {layout}")
 
 
 @ingest_app.command("avca")
@@ -128,7 +131,7 @@ def ingest_avca(
         raw = read_avca(
             root,
             features,
-            split or ("cls" if features.removesuffix("_features") == "cls" else "main"),
+            split or ("cls" if features.partition("_")[0] == "cls" else "main"),
             name=name or None,
             options=ReadOptions(nonfinite, files),
             progress=progress,
@@ -151,10 +154,11 @@ def data_list(store: StoreOption = DEFAULT_STORE) -> None:
         table.add_column(column)
     for manifest in FeatureStore(store).manifests():
         dims = manifest["parts"]["open"]["dims"]
+        steps = "T x " if manifest.get("step_seconds") else ""
         table.add_row(
             manifest["name"] + (" (simulated)" if manifest["simulated"] else ""),
             manifest["digest"][:16],
-            ", ".join(f"{m} {d}" for m, d in dims.items()),
+            ", ".join(f"{m} {steps}{d}" for m, d in dims.items()),
             str(sum(role != "unused" for role in manifest["classes"]["roles"])),
             str(sum(manifest["counts"].values())),
             ", ".join(sorted(manifest["text"])),
@@ -215,48 +219,20 @@ def data_ledger(
 
 
 @app.command("models")
-def models(name: Annotated[str, typer.Argument(help="One system, in full.")] = "") -> None:
-    """List the systems, or one with its options and published points."""
-    from rich.table import Table
+def models(
+    name: Annotated[str, typer.Argument(help="One system, in full.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the systems, or one with its hyperparameters, ranges and published points."""
+    from avzero.report.systems import all_systems, describe, in_full, overview
 
-    from avzero.models._registry import model_class, model_files
-    from avzero.tune.space import load_space
-
-    console = _console()
-    if not name:
-        table = Table()
-        for column in ("system", "title", "year", "venue", "features", "options"):
-            table.add_column(column)
-        for known in model_files():
-            cls = model_class(known)
-            table.add_row(
-                known,
-                cls.card.title,
-                str(cls.card.year),
-                cls.card.venue,
-                ", ".join(cls.card.features),
-                ", ".join(cls.compat),
-            )
-        console.print(table)
+    systems = [describe(name)] if name else all_systems()
+    if as_json:
+        typer.echo(json.dumps([s.as_dict() for s in systems], indent=2, ensure_ascii=False))
         return
-    cls, space = model_class(name), load_space(name)
-    console.print(
-        f"{cls.card.title}: {cls.card.authors}; {cls.card.venue} {cls.card.year}; {cls.card.link}"
-    )
-    table = Table()
-    for column in ("hyperparameter", "default", "compat", "range"):
-        table.add_column(column)
-    for key, field in cls.Config.model_fields.items():
-        given = space.space[key].model_dump(exclude_none=True) if key in space.space else {}
-        table.add_row(
-            key,
-            str(field.default),
-            str(cls.compat.get(key, "")),
-            ", ".join(f"{k} {v}" for k, v in given.items()),
-        )
-    console.print(table)
-    for point in space.published:
-        console.print(f"{point.dataset} {point.features}: {point.values}  [{point.source}]")
+    console = _console()
+    for part in in_full(systems[0]) if name else [overview(systems, console.width)]:
+        console.print(part)
 
 
 def _open_job(sweep: str, store: str | None, tracking: str | None) -> Job:
@@ -357,7 +333,7 @@ def test_command(
     plan = freeze(run)
     on_cluster = address is not None
     listeners = _listeners(job, console)
-    needs_ray = plan.pending and (on_cluster or job.test.workers > 1)
+    needs_ray = plan.pending > 1 or (plan.pending and (on_cluster or job.test.workers > 1))
     with ray_cluster(address) if needs_ray else nullcontext():
         for _ in run_final(plan, listeners, on_cluster):
             pass
@@ -379,6 +355,51 @@ def report(
         raise UserError(f"{store}: no TEST results yet; run avzero sweep, then avzero test")
     console = _console()
     console.print(render(rows, console.width))
+
+
+@app.command("import-checkpoint")
+def import_checkpoint(  # noqa: PLR0913, PLR0917 - one per option
+    file: Annotated[Path, typer.Argument(help="A published .pt, or .safetensors.")],
+    model: Annotated[str, typer.Option(help="The system it is a checkpoint of.")],
+    benchmark: Annotated[str, typer.Option(help="name or name@digest.")],
+    stage1: Annotated[Path | None, typer.Option(help="Its stage-1 checkpoint; gives beta.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Hyperparameter as key=value; repeatable.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Text set of class vectors.")] = "w2v",
+    alignment: Annotated[
+        str, typer.Option(help="Class texts as released (legacy_sorted) or by_class.")
+    ] = "legacy_sorted",
+    store: StoreOption = DEFAULT_STORE,
+    seed: Annotated[int, typer.Option(help="Of systems that draw when scored.")] = 42,
+    no_test: Annotated[bool, typer.Option("--no-test", help="VAL only; TEST stays shut.")] = False,
+) -> None:
+    """Score a published checkpoint on VAL and, through the seal, on TEST."""
+    from avzero.data.store import FeatureStore
+    from avzero.report.result import score_lines
+    from avzero.tune.imported import Import, parse_settings
+
+    console = _console()
+    protocol = {"text": text, "text_alignment": alignment}
+    values = parse_settings(settings or [])
+    run = Import(
+        FeatureStore(store),
+        file,
+        model,
+        benchmark,
+        stage1,
+        values=values,
+        protocol=protocol,
+        seed=seed,
+    )
+    console.print("\n".join(run.notes()))
+    val, frozen = run.val()
+    console.print("\n".join(score_lines(val)))
+    if not no_test:
+        test, stored = run.test(frozen)
+        console.print("\n".join(score_lines(test)))
+        if stored:
+            console.print("TEST was not opened again: this is the stored result.")
 
 
 def main() -> None:

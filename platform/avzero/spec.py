@@ -112,6 +112,9 @@ class Protocol(Strict):
     """P-17; a system's own ``input_scaling`` goes before."""
     modality: Modality = "both"
     """Ablation: train and test with one modality only; the other is given as zeros."""
+    max_steps: Count | None = Field(None, exclude_if=lambda value: value is None)
+    """Temporal features: at most this many video steps and the audio of the same seconds, from a
+    random start in training, from the centre in evaluation. None: whole sequences."""
 
     @model_validator(mode="before")
     @classmethod
@@ -211,6 +214,7 @@ class Job(Strict):
     name: str
     store: str = ".avzero/store"
     benchmarks: list[str] = Field(min_length=1)
+    """``name``, ``name@digest``, and with ``:text`` behind a text set of its own."""
     models: list[str] = Field(min_length=1)
     protocol: Protocol = Protocol()
     train: dict[str, Any] = Field(default_factory=dict)
@@ -250,6 +254,11 @@ class Job(Strict):
                 raise ValueError(f"fixed: model {model!r} is not in models")
         return self
 
+    def text_of(self, reference: str) -> tuple[str, str]:
+        """Return (benchmark reference, text set) of an entry of ``benchmarks``."""
+        name, _, text = reference.partition(":")
+        return name, text or self.protocol.text
+
     def frozen_part(self) -> dict[str, Any]:
         """Return what may not change once the sweep has trials; the rest may be extended."""
         data = self.model_dump(mode="json")
@@ -271,6 +280,8 @@ class Task(Strict):
     stage: Literal[1, 2] = 1
     lr_plan: tuple[float, ...] | None = None
     """Stage 2 with ``replay``: the learning rate of every epoch."""
+    weights: str | None = Field(None, exclude_if=lambda value: value is None)
+    """SHA-256 of the published checkpoint that stands for the training; None: trained here."""
 
     @property
     def id(self) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 from avzero.data.benchmark import (
     Classes,
     ClassRole,
-    Float32,
     Part,
     RawBenchmark,
     Role,
@@ -23,6 +22,7 @@ from avzero.data.benchmark import (
     text_rows,
 )
 from avzero.data.official import OFFICIAL
+from avzero.data.sequences import Features, Sequences, values_of
 from avzero.errors import UserError
 from avzero.spec import TextAlignment
 
@@ -32,6 +32,7 @@ def make_audit(
     sources: Mapping[str, str],
     notes: Sequence[str],
     nonfinite: Sequence[str],
+    lost: int = 0,
 ) -> dict[str, Any]:
     """Return the audit of a release as plain JSON values.
 
@@ -40,14 +41,16 @@ def make_audit(
         sources: SHA-256 of each source file by relative path.
         notes: what the reader had to say.
         nonfinite: rows with NaN or infinity that were dropped or zeroed.
+        lost: videos the release lists without features.
     """
     official = OFFICIAL.get((raw.dataset, raw.split))
-    return {
+    match = f"match, with {lost} videos the release skipped" if lost else "match"
+    audit = {
         "dataset": raw.dataset,
         "feature_set": raw.feature_set,
         "split": raw.split,
         "simulated": raw.simulated,
-        "official_counts": "not an official dataset" if official is None else "match",
+        "official_counts": "not an official dataset" if official is None else match,
         "roles": {role.value: _role_facts(raw, role) for role in Role},
         "classes": {role.value: len(raw.classes.ids(role)) for role in ClassRole},
         "features": {
@@ -60,6 +63,7 @@ def make_audit(
         "notes": list(notes),
         "sources": dict(sorted(sources.items())),
     }
+    return audit | ({"step_seconds": dict(raw.step_seconds)} if raw.step_seconds else {})
 
 
 def _part_of(raw: RawBenchmark, role: Role) -> Part:
@@ -81,12 +85,12 @@ def _role_facts(raw: RawBenchmark, role: Role) -> dict[str, int]:
     }
 
 
-def _norm_facts(*arrays: Float32) -> dict[str, float | int]:
-    """Width, value range and row norms of one modality over both parts."""
-    used = [array for array in arrays if len(array)]
+def _norm_facts(*tables: Features) -> dict[str, float | int]:
+    """Width, value range and norms of one modality's rows (of sequences: steps), both parts."""
+    used = [values_of(table) for table in tables if len(table)]
     # einsum keeps no squared copy of the array, which may be larger than half the memory.
     norms = np.sqrt(np.concatenate([np.einsum("ij,ij->i", array, array) for array in used]))
-    return {
+    facts = {
         "width": int(used[0].shape[1]),
         "min": float(min(array.min() for array in used)),
         "max": float(max(array.max() for array in used)),
@@ -95,6 +99,15 @@ def _norm_facts(*arrays: Float32) -> dict[str, float | int]:
         "norm_max": float(norms.max()),
         "zero_rows": int((norms == 0).sum()),
     }
+    lengths = [table.lengths for table in tables if isinstance(table, Sequences)]
+    if lengths:
+        steps = np.concatenate(lengths)
+        facts |= {
+            "steps_min": int(steps.min()),
+            "steps_mean": float(steps.mean()),
+            "steps_max": int(steps.max()),
+        }
+    return facts
 
 
 def _text_facts(raw: RawBenchmark, name: str) -> dict[str, Any]:
@@ -168,6 +181,11 @@ def audit_lines(audit: Mapping[str, Any]) -> list[str]:
             f"row norm {facts['norm_min']:.4g} / {facts['norm_mean']:.4g} / "
             f"{facts['norm_max']:.4g} (min/mean/max), {facts['zero_rows']} zero rows"
         )
+        if "steps_min" in facts:
+            lines[-1] += (
+                f", steps {facts['steps_min']} / {facts['steps_mean']:.4g} / {facts['steps_max']} "
+                f"of {audit['step_seconds'][modality]:g} s"
+            )
     for name, facts in audit["text"].items():
         wrong = ", ".join(
             f"{group} {count}" for group, count in facts["wrong_if_positional"].items()

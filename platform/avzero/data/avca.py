@@ -1,4 +1,8 @@
-"""Reader of the AVCA-style release: averaged features, one HDF5 file per class and split.
+"""Reader of the AVCA layout: one file per class, modality and split folder.
+
+The files of the AVCA release are HDF5 with averaged features, those of the TCaF release pickles
+with sequences, those of the ClipClap release pickles with CLIP and CLAP vectors. Which of them a
+feature folder holds is found from its files.
 
 Layout and every quirk: data_formats.md sections 1 to 3. Rows are joined by name: audio to video
 by the file name each row carries, features to classes by the file's stem, classes to text vectors
@@ -7,6 +11,7 @@ through the name map. Positions are never trusted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +21,17 @@ import numpy as np
 from avzero.data.audit import make_audit
 from avzero.data.benchmark import AUDIO, VIDEO, Part, Progress, RawBenchmark, Role
 from avzero.data.class_lists import FOLDER_OF_ROLE, read_classes
+from avzero.data.class_pickles import PICKLE
 from avzero.data.official import OFFICIAL
 from avzero.data.release import (
     Reading,
     ReadOptions,
-    check_stage_2_train,
-    handle_nonfinite,
+    class_files,
     load_parts,
+    used_classes,
 )
+from avzero.data.row_checks import check_stage_2_train, handle_nonfinite
+from avzero.data.sequences import STEP_SECONDS, Sequences
 from avzero.data.text_sets import find_text_files, read_text_sets
 from avzero.errors import UserError
 from avzero.spec import PLAIN_NAME, PLAIN_NAME_RULE
@@ -43,7 +51,8 @@ def read_avca(
     Args:
         root: the dataset's folder (``.../UCF``); its name is the dataset's name, and a name of an
             official dataset claims to be it.
-        features: ``main``, ``cls`` or a folder name below ``features/``.
+        features: ``main``, ``cls`` or a folder name below ``features/``, for the temporal and the
+            CLIP release ``cls_features_non_averaged`` or ``main_features_non_averaged``.
         split: ``main``, ``cls`` or a folder name below ``class-split/``.
         name: what the store calls the benchmark; default ``<dataset>-<features>[-<split>]``.
         options: see ``ReadOptions``.
@@ -54,32 +63,36 @@ def read_avca(
     """
     reading = _start(root.resolve(), features, split, options or ReadOptions(), progress)
     short_split = split.removesuffix("_split")
-    name = name or _default_name(reading, short_split)
-    if not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"benchmark name {name!r}: {PLAIN_NAME_RULE}; set it with --name")
+    _require_plain(name or _default_name(reading, reading.feature_root.name, short_split))
     split_root = reading.root / "class-split"
     table = reading.table
     parts = load_parts(reading, split_root / f"{short_split}_split")
     # Counts are compared before rows are dropped: the option may not look like a bad download.
-    _check_official(reading, short_split, parts)
+    lost = _check_official(reading, short_split, parts)
+    temporal = _temporal(reading, parts)
     check_stage_2_train(reading, parts[0])
+    vectors = not temporal and _pickled(reading)
     open_part, test_part = (handle_nonfinite(reading, part) for part in parts)
-    text_files = dict(reading.options.text) or find_text_files(reading.feature_root)
+    text_files = dict(reading.options.text) or find_text_files(reading.feature_root, vectors)
     text = read_text_sets(text_files, split_root, table)
     for path in text_files.values():
         reading.hash_source(path)
+    base = _base_name(reading.feature_root.name)
+    feature_set = f"{base}_temporal" if temporal else "clipclap" if vectors else base
+    seconds = STEP_SECONDS.get(base, {})
     raw = RawBenchmark(
-        name=name,
+        name=name or _default_name(reading, feature_set, short_split),
         dataset=reading.dataset,
-        feature_set=reading.feature_set,
+        feature_set=feature_set,
         split=short_split,
         simulated=reading.simulated,
         classes=table.classes,
         text=text,
         open=open_part,
         test=test_part,
+        step_seconds={m: seconds.get(m, 1.0) for m in open_part.features} if temporal else {},
     )
-    audit = make_audit(raw, reading.sources, reading.notes, reading.nonfinite)
+    audit = make_audit(raw, reading.sources, reading.notes, reading.nonfinite, lost)
     return replace(raw, audit=audit)
 
 
@@ -104,11 +117,44 @@ def _start(
     return reading
 
 
-def _default_name(reading: Reading, split: str) -> str:
+def _default_name(reading: Reading, feature_set: str, split: str) -> str:
     """Return ``ucf-main``, or ``ucf-tiny-main-sim`` where more must be said."""
-    parts = [reading.dataset, reading.feature_set]
-    parts += [split] if split != reading.feature_set else []
+    parts = [reading.dataset, feature_set]
+    parts += [split] if split != feature_set.removesuffix("_temporal") else []
     return "-".join(parts + (["sim"] if reading.simulated else [])).lower()
+
+
+def _require_plain(name: str) -> None:
+    """Refuse, before anything is read, a name the store cannot take."""
+    if not PLAIN_NAME.fullmatch(name):
+        raise UserError(f"benchmark name {name!r}: {PLAIN_NAME_RULE}; set it with --name")
+
+
+def _base_name(folder: str) -> str:
+    """Return a feature folder's name without its suffix; both spellings of the third exist."""
+    return re.sub(r"_features(_non_averaged|_no_averaged)?$", "", folder)
+
+
+def _temporal(reading: Reading, parts: Sequence[Part]) -> bool:
+    """Return whether the features are sequences; audio, video and both parts must agree."""
+    kinds = {isinstance(table, Sequences) for part in parts for table in part.features.values()}
+    if len(kinds) > 1:
+        what = {
+            m: "sequences" if isinstance(table, Sequences) else "vectors"
+            for part in parts
+            for m, table in part.features.items()
+        }
+        raise UserError(
+            f"{reading.feature_root}: {AUDIO} holds {what[AUDIO]}, {VIDEO} {what[VIDEO]}; both "
+            "must be of one kind. Choose a complete release"
+        )
+    return kinds == {True}
+
+
+def _pickled(reading: Reading) -> bool:
+    """Return whether the class files are pickles."""
+    files = class_files(reading, AUDIO, FOLDER_OF_ROLE[Role.TRAIN])
+    return any(path.suffix == PICKLE for path in files.values())
 
 
 def _feature_folder(root: Path, features: str) -> Path:
@@ -124,11 +170,23 @@ def _feature_folder(root: Path, features: str) -> Path:
     )
 
 
-def _check_official(reading: Reading, split: str, parts: Sequence[Part]) -> None:
-    """Refuse a benchmark that claims an official name with other counts."""
+def _check_official(reading: Reading, split: str, parts: Sequence[Part]) -> int:
+    """Refuse a benchmark that claims an official name with other counts.
+
+    Returns:
+        How many videos the release itself lists without features; these are forgiven.
+    """
+    lost = {
+        role: sum(
+            count
+            for (r, class_id), count in reading.lost.items()
+            if r is role and class_id in used_classes(reading.table.classes, role)
+        )
+        for role in Role
+    }
     official = OFFICIAL.get((reading.dataset, split))
     if official is None:
-        return
+        return sum(lost.values())
     if len(reading.table.classes) != official.n_classes:
         raise UserError(
             f"{reading.dataset}: {len(reading.table.classes)} classes in all_class.txt, the "
@@ -140,7 +198,7 @@ def _check_official(reading: Reading, split: str, parts: Sequence[Part]) -> None
         rows = samples.rows(role)
         n_classes = len(np.unique(samples.class_id[rows]))
         for what, have, want in (
-            ("samples", len(rows), official.samples[role]),
+            ("samples", len(rows) + lost[role], official.samples[role]),
             ("classes", n_classes, official.classes[role]),
         ):
             if have != want:
@@ -149,3 +207,4 @@ def _check_official(reading: Reading, split: str, parts: Sequence[Part]) -> None
                     f"official split has {want}; complete the download, or rename the root folder "
                     "if this is another benchmark"
                 )
+    return sum(lost.values())

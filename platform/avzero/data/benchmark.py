@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from avzero.canon import canonical, sha256_hex
+from avzero.data.sequences import Features, Sequences, values_of
 from avzero.errors import UserError
 from avzero.spec import TextAlignment
 
@@ -130,10 +131,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a benchmark: samples and, per modality, a contiguous [N, d] float32 array."""
+    """One part of a benchmark: samples and, per modality, a contiguous [N, d] float32 array.
+
+    In a temporal benchmark every modality is a ``Sequences`` instead.
+    """
 
     samples: Samples
-    features: Mapping[str, Float32]
+    features: Mapping[str, Features]
 
     def __post_init__(self) -> None:
         for name, array in self.features.items():
@@ -155,6 +159,13 @@ class BenchmarkInfo:
     text: Mapping[str, TextSet]
     dims: Mapping[str, int]
     counts: Mapping[str, int]
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds per step of every modality's sequences; empty where a sample is one vector."""
+
+    @property
+    def temporal(self) -> bool:
+        """Whether samples are sequences; ``dims`` are the widths of a step."""
+        return bool(self.step_seconds)
 
     def class_vectors(self, text_set: str, alignment: TextAlignment) -> Float32:
         """Return class text vectors [C, d], row = class id; NaN rows for classes without one.
@@ -192,6 +203,8 @@ class RawBenchmark:
     open: Part
     test: Part
     audit: Mapping[str, Any] = field(default_factory=dict)
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+    """As in ``BenchmarkInfo``."""
 
     @property
     def dims(self) -> dict[str, int]:
@@ -227,6 +240,8 @@ def content_digest(raw: RawBenchmark, parts: Mapping[str, Any]) -> str:
         "text": {name: text.digest_entry() for name, text in sorted(raw.text.items())},
         "parts": parts,
     }
+    if raw.step_seconds:
+        entry["step_seconds"] = dict(raw.step_seconds)
     return sha256_hex(canonical(entry).encode())
 
 
@@ -253,11 +268,14 @@ def samples_digest(samples: Samples) -> str:
 
 
 def part_digest(part: Part) -> dict[str, Any]:
-    """Return the digests of one part: its samples table and each feature array."""
-    return {
+    """Return the digests of one part: its samples table, each feature array, row lengths."""
+    features = sorted(part.features.items())
+    entry: dict[str, Any] = {
         "samples": samples_digest(part.samples),
-        "features": {name: array_digest(a) for name, a in sorted(part.features.items())},
+        "features": {name: array_digest(values_of(a)) for name, a in features},
     }
+    lengths = {n: array_digest(a.lengths) for n, a in features if isinstance(a, Sequences)}
+    return entry | ({"lengths": lengths} if lengths else {})
 
 
 def align_text(text: TextSet, classes: Classes, alignment: TextAlignment) -> Float32:

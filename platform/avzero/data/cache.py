@@ -7,6 +7,7 @@ read it. Entries are made in a temporary folder and renamed: a reader sees a who
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import time
@@ -19,8 +20,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avzero.data.benchmark import Float32, Part, samples_digest
-from avzero.data.columns import cache_samples, copy_column, map_samples, read_samples
+from avzero.data.benchmark import Part, array_digest, samples_digest
+from avzero.data.columns import (
+    cache_samples,
+    copy_column,
+    map_samples,
+    read_lengths,
+    read_samples,
+)
+from avzero.data.sequences import Features, Sequences, starts_of
 from avzero.data.storage import disk_errors, require_space
 from avzero.errors import UserError
 
@@ -75,19 +83,23 @@ class NodeCache:
     def _map(self, folder: Path, entry: Mapping[str, Any]) -> Part | None:
         """Map an entry; None when it is missing or does not have the expected size."""
         rows = int(entry["rows"])
-        features: dict[str, Float32] = {}
+        features: dict[str, Features] = {}
         try:
-            for modality, width in entry["dims"].items():
+            for modality in entry["dims"]:
                 # Copy-on-write: pages stay shared between processes, and torch gets an array it
                 # may call writable without anybody being able to change the file.
                 array = np.load(folder / f"{modality}.npy", mmap_mode="c")
-                if array.shape != (rows, width) or array.dtype != np.dtype("<f4"):
+                if array.shape != _shape(entry, modality) or array.dtype != np.dtype("<f4"):
                     return None
                 features[modality] = array
+                if modality in entry.get("steps", {}):
+                    starts = np.load(folder / f"{modality}_starts.npy")
+                    features[modality] = Sequences(array, starts)
             samples = map_samples(folder)
         except (FileNotFoundError, EOFError, KeyError, ValueError, pa.ArrowInvalid):
             return None
-        return Part(samples, features) if len(samples) == rows else None
+        whole = {len(samples), *map(len, features.values())} == {rows}
+        return Part(samples, features) if whole else None
 
     def _fill(
         self,
@@ -97,7 +109,7 @@ class NodeCache:
         scratch_bytes: int,
     ) -> None:
         """Make an entry in a scratch folder and rename it into place."""
-        needed = sum(4 * int(entry["rows"]) * int(width) for width in entry["dims"].values())
+        needed = sum(4 * math.prod(_shape(entry, modality)) for modality in entry["dims"])
         with disk_errors(self.root, _ELSEWHERE):
             self._remove_leftovers()
             require_space(self.root, needed + scratch_bytes)
@@ -105,14 +117,16 @@ class NodeCache:
             scratch.mkdir(parents=True)
             try:
                 source = fetch(scratch)
-                for modality, width in entry["dims"].items():
+                for modality in entry["dims"]:
                     copy_column(
                         source,
                         modality,
-                        (int(entry["rows"]), int(width)),
+                        _shape(entry, modality),
                         scratch / f"{modality}.npy",
                         entry["content"]["features"][modality],
                     )
+                    if modality in entry.get("steps", {}):
+                        self._fill_starts(source, modality, entry, scratch)
                 samples = read_samples(source)
                 if samples_digest(samples) != entry["content"]["samples"]:
                     raise UserError(
@@ -127,6 +141,18 @@ class NodeCache:
                 scratch.replace(folder)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+    def _fill_starts(
+        self, source: Path, modality: str, entry: Mapping[str, Any], scratch: Path
+    ) -> None:
+        """Write where the sequences of a modality start."""
+        lengths = read_lengths(source, modality)
+        if array_digest(lengths) != entry["content"]["lengths"][modality]:
+            raise UserError(
+                f"{source}: column {modality}_length does not have the content the manifest names; "
+                "the file is damaged. Ingest the release again"
+            )
+        np.save(scratch / f"{modality}_starts.npy", starts_of(lengths))
 
     def _remove_leftovers(self) -> None:
         """Remove scratch folders of processes that were killed more than a day ago."""
@@ -143,3 +169,8 @@ class NodeCache:
         with handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+
+def _shape(entry: Mapping[str, Any], modality: str) -> tuple[int, int]:
+    """Return the shape of a modality's matrix: [rows, width], of sequences [steps, width]."""
+    return int(entry.get("steps", {}).get(modality, entry["rows"])), int(entry["dims"][modality])

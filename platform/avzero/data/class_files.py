@@ -1,42 +1,82 @@
-"""One class file of an averaged release: HDF5 with ``data`` (n, d) and ``video_urls`` (n,)."""
+"""One class file of a release, whichever of the two kinds it is.
+
+Averaged features come as HDF5 with ``data`` (n, d) and ``video_urls`` (n,); temporal and CLIP
+features as a pickled dict with ``features``, a list of n arrays (``data.class_pickles``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from avzero.data.benchmark import Float32
+from avzero.data.class_pickles import PICKLE, read_class_pickle
+from avzero.data.sequences import Features, Float32, Int64, Sequences
 from avzero.errors import UserError
+
+HDF5 = ".h5"
+SUFFIXES = (HDF5, PICKLE)
 
 _DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, MemoryError)
 """What the HDF5 library raises on damaged files (found by flipping bytes)."""
 
 
-def read_features(path: Path) -> Float32:
-    """Return the ``data`` of a class file as float32 (VGGish averages come as float64)."""
-    with _opened(path) as (data, _):
-        if data.dtype.kind not in "fiu":
-            raise UserError(f"{path}: data has type {data.dtype}; expected numbers")
-        # Values past the float32 range become infinite here and are reported as such later.
-        with np.errstate(over="ignore"):
-            return np.asarray(data[:]).astype(np.float32, copy=False)
+@dataclass(frozen=True)
+class Rows:
+    """What a class file says of its rows.
+
+    ``names``: of the videos, one per row, or more (see ``lost``). ``count``: rows. ``width``: of
+    a vector or step; 0 where every row is empty. ``lengths``: steps per row of sequences.
+    """
+
+    names: list[str]
+    count: int
+    width: int
+    lengths: Int64 | None = None
+
+    @property
+    def lost(self) -> int:
+        """How many names have no row; when any, nobody can tell which row has which name."""
+        return len(self.names) - self.count
 
 
-def row_names(path: Path) -> list[str]:
-    """Return the ``video_urls`` of a class file; text and fixed-width bytes are both accepted."""
+def list_rows(path: Path) -> Rows:
+    """Return names and sizes of a class file's rows, before their values are needed."""
+    if path.suffix == PICKLE:
+        return read_class_file(path)[0]
     with _opened(path) as (data, urls):
         if urls.ndim != 1 or data.ndim != 2 or len(urls) != len(data):
             raise UserError(
                 f"{path}: data {data.shape} and video_urls {urls.shape} do not fit; "
                 "expected (n, d) and (n,)"
             )
-        return [
+        names = [
             value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in urls[:]
         ]
+        return Rows(names, len(data), int(data.shape[1]))
+
+
+def read_class_file(path: Path) -> tuple[Rows, Features]:
+    """Return names, sizes and values of a class file's rows, in the file's order."""
+    if path.suffix != PICKLE:
+        return list_rows(path), _read_data(path)
+    names, features = read_class_pickle(path)
+    lengths = features.lengths if isinstance(features, Sequences) else None
+    return Rows(names, len(features), features.shape[1], lengths), features
+
+
+def _read_data(path: Path) -> Float32:
+    """Return the ``data`` of an HDF5 class file as float32 (VGGish averages come as float64)."""
+    with _opened(path) as (data, _):
+        if data.dtype.kind not in "fiu":
+            raise UserError(f"{path}: data has type {data.dtype}; expected numbers")
+        # Values past the float32 range become infinite here and are reported as such later.
+        with np.errstate(over="ignore"):
+            return np.asarray(data[:]).astype(np.float32, copy=False)
 
 
 @contextmanager

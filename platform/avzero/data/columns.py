@@ -1,7 +1,8 @@
 """One part of a benchmark as a Parquet file, and its fast way back into contiguous arrays.
 
 The file is ordinary Parquet: one row per sample, features as fixed-size lists of float32, so
-pandas, DuckDB and Ray Data read the columns as vectors. Feature columns are written plain,
+pandas, DuckDB and Ray Data read the columns as vectors; sequences as lists of such lists, with
+their lengths in a column ``<modality>_length``. Feature columns are written plain,
 uncompressed and with one page per row group. A page ends with its values, so the last
 ``values x 4`` bytes of such a column chunk *are* the matrix rows, and reading is a copy of byte
 ranges. Whether that shortcut holds is never assumed: the bytes must have the content digest the
@@ -13,7 +14,7 @@ Numbers: docs/experiments.md, "reading the store".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from avzero.data.benchmark import ROLES, Part, Samples
+from avzero.data.sequences import Features, Int64, Sequences, values_of
 from avzero.errors import UserError
 
 ROW_GROUP_BYTES = 32 << 20
@@ -134,14 +136,17 @@ def samples_from_table(table: pa.Table) -> Samples:
 def write_part(path: Path, part: Part, progress: Callable[[int, int], None]) -> None:
     """Write one part as Parquet; the features are not copied on the way."""
     samples = samples_table(part.samples)
-    schema = samples.schema
-    widths = {name: array.shape[1] for name, array in part.features.items()}
-    for name, width in widths.items():
-        schema = schema.append(pa.field(name, pa.list_(pa.float32(), width), nullable=False))
-    widest = max(widths.values())
-    rows = max(1, min(_MAX_ROWS_PER_GROUP, ROW_GROUP_BYTES // (4 * widest)))
-    features = [f"{name}.list.element" for name in widths]
+    for name, table in part.features.items():
+        if isinstance(table, Sequences):
+            samples = samples.append_column(_length(name), pa.array(table.lengths.astype(np.int32)))
     small = list(samples.schema.names)
+    schema = samples.schema
+    for name, table in part.features.items():
+        schema = schema.append(pa.field(name, _feature_type(table), nullable=False))
+    features = [
+        f"{name}.list.element" + ".list.element" * isinstance(table, Sequences)
+        for name, table in part.features.items()
+    ]
     with pq.ParquetWriter(
         path,
         schema,
@@ -151,14 +156,53 @@ def write_part(path: Path, part: Part, progress: Callable[[int, int], None]) -> 
         data_page_size=1 << 30,
         data_page_version="1.0",
     ) as writer:
-        for start in range(0, len(part.samples), rows):
-            progress(start, len(part.samples))
-            arrays = [column.combine_chunks() for column in samples.slice(start, rows).columns]
-            for name, width in widths.items():
-                block = part.features[name][start : start + rows]
-                flat = pa.array(np.ascontiguousarray(block, dtype="<f4").reshape(-1))
-                arrays.append(pa.FixedSizeListArray.from_arrays(flat, width))
-            writer.write_table(pa.table(arrays, schema=schema), row_group_size=rows)
+        for rows in _row_groups(part.features):
+            progress(rows.start, len(part.samples))
+            count = rows.stop - rows.start
+            arrays = [c.combine_chunks() for c in samples.slice(rows.start, count).columns]
+            arrays += [_lists(table, rows) for table in part.features.values()]
+            writer.write_table(pa.table(arrays, schema=schema), row_group_size=count)
+
+
+def _length(modality: str) -> str:
+    """Return the name of the column that holds how many steps each row has."""
+    return f"{modality}_length"
+
+
+def _feature_type(table: Features) -> Any:
+    """Return the Arrow type of a modality's column."""
+    vector = pa.list_(pa.float32(), table.shape[1])
+    return pa.list_(vector) if isinstance(table, Sequences) else vector
+
+
+def _row_groups(features: Mapping[str, Features]) -> Iterator[slice]:
+    """Yield ranges of rows in which no modality has more than ``ROW_GROUP_BYTES``."""
+    rows = len(next(iter(features.values())))
+    heaviest = np.zeros(rows, np.int64)
+    for table in features.values():
+        steps = table.lengths if isinstance(table, Sequences) else np.ones(rows, np.int64)
+        heaviest = np.maximum(heaviest, 4 * table.shape[1] * steps)
+    ends = np.cumsum(heaviest)
+    start, before = 0, 0
+    while start < rows:
+        stop = int(np.searchsorted(ends, before + ROW_GROUP_BYTES, side="right"))
+        stop = min(max(stop, start + 1), start + _MAX_ROWS_PER_GROUP)
+        yield slice(start, stop)
+        start, before = stop, int(ends[stop - 1])
+
+
+def _lists(table: Features, rows: slice) -> Any:
+    """Return some rows of a modality as an Arrow array of its column's type."""
+    steps = rows
+    if isinstance(table, Sequences):
+        starts = table.starts[rows.start : rows.stop + 1]
+        steps = slice(int(starts[0]), int(starts[-1]))
+    block = np.ascontiguousarray(values_of(table)[steps], dtype="<f4")
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), block.shape[1])
+    if not isinstance(table, Sequences):
+        return vectors
+    offsets = pa.array((starts - starts[0]).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, vectors)
 
 
 def write_vectors(path: Path, keys: Sequence[str], vectors: npt.NDArray[np.float32]) -> None:
@@ -186,6 +230,13 @@ def read_samples(path: Path) -> Samples:
         return samples_from_table(pq.ParquetFile(path).read(columns=names))
 
 
+def read_lengths(path: Path, modality: str) -> Int64:
+    """Read how many steps each row of a modality has [N]."""
+    with _parquet_errors(path):
+        column = pq.ParquetFile(path).read(columns=[_length(modality)]).column(0)
+    return np.asarray(column.to_numpy()).astype(np.int64)
+
+
 def value_extents(path: Path, column: str, width: int) -> list[Extent] | None:
     """Return where a feature column's raw values lie, or None where the shortcut cannot hold."""
     with _parquet_errors(path):
@@ -199,9 +250,9 @@ def value_extents(path: Path, column: str, width: int) -> list[Extent] | None:
                 break
         else:
             return None
-        size = row_group.num_rows * width * 4
+        size = chunk.num_values * 4
         plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
-        if not plain or chunk.num_values * 4 != size or chunk.total_compressed_size < size:
+        if not plain or chunk.num_values % width or chunk.total_compressed_size < size:
             return None
         end = chunk.data_page_offset + chunk.total_compressed_size
         extents.append(Extent(end - size, size))
@@ -216,7 +267,7 @@ def copy_column(
     Args:
         path: the part's Parquet file.
         column: the modality.
-        shape: rows and width of the matrix.
+        shape: rows (of sequences: steps) and width of the matrix.
         target: the ``.npy`` file to write (float32, C order).
         expected: the SHA-256 of the matrix (``array_digest``).
 
@@ -261,7 +312,9 @@ def _decoded_chunks(path: Path, column: str) -> Iterator[memoryview]:
         for group in range(file.num_row_groups):
             values = file.read_row_group(group, columns=[column]).column(0)
             for chunk in values.chunks:
-                flat = chunk.flatten().to_numpy(zero_copy_only=False).astype("<f4", copy=False)
+                flat = chunk.flatten()
+                flat = flat.flatten() if pa.types.is_fixed_size_list(flat.type) else flat
+                flat = flat.to_numpy(zero_copy_only=False).astype("<f4", copy=False)
                 yield np.ascontiguousarray(flat).view(np.uint8).data
 
 

@@ -27,6 +27,7 @@ class Opening:
 
     benchmark: str
     model: str
+    text: str
     trial: str
     run: str
     frozen: str

@@ -7,7 +7,7 @@ the file's stem. Positions are never trusted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +20,22 @@ from avzero.data.benchmark import (
     OPEN_ROLES,
     TEST_ROLES,
     VIDEO,
-    Bool,
     Classes,
     ClassRole,
-    Float32,
     Part,
     Progress,
     Role,
     Samples,
 )
-from avzero.data.class_files import read_features, row_names
+from avzero.data.class_files import SUFFIXES, Rows, list_rows, read_class_file
 from avzero.data.class_lists import (
     FOLDER_OF_ROLE,
-    STAGE_2_TRAIN,
     ClassTable,
     ListedSample,
     read_sample_list,
 )
 from avzero.data.official import OFFICIAL_DATASETS
+from avzero.data.sequences import Features, Sequences, allocate, starts_of, take, values_of
 from avzero.errors import UserError
 
 SIMULATED_MARKER = "SIMULATED.json"
@@ -57,12 +55,18 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of one class in one split folder: names in order, and where each row lies."""
+    """The rows of one class in one split folder: names in order, and where each row lies.
+
+    ``lost`` counts videos without a row in a file whose names are therefore unusable; ``names``
+    are then made up.
+    """
 
     class_id: int
     names: tuple[str, ...]
     order: Mapping[str, npt.NDArray[np.int64]]
     files: Mapping[str, Path]
+    rows: Mapping[str, Rows]
+    lost: int = 0
 
 
 @dataclass
@@ -77,6 +81,8 @@ class Reading:
     sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     nonfinite: list[str] = field(default_factory=list)
+    lost: dict[tuple[Role, int], int] = field(default_factory=dict)
+    """Videos without a row by (role, class id), where the release skipped some (D-13)."""
 
     @property
     def dataset(self) -> str:
@@ -85,11 +91,6 @@ class Reading:
             (name for name in OFFICIAL_DATASETS if name.lower() == self.root.name.lower()),
             self.root.name,
         )
-
-    @property
-    def feature_set(self) -> str:
-        """The feature folder's name without its suffix."""
-        return self.feature_root.name.removesuffix("_features")
 
     @property
     def simulated(self) -> bool:
@@ -127,7 +128,7 @@ def _listed(reading: Reading, path: Path) -> list[ListedSample] | None:
 def _blocks(reading: Reading, role: Role, listed: list[ListedSample] | None) -> Iterator[Block]:
     """Yield the classes of one split folder in class-id order, with audio and video joined."""
     stem = FOLDER_OF_ROLE[role]
-    files = {m: _class_files(reading, m, stem) for m in MODALITIES}
+    files = {m: class_files(reading, m, stem) for m in MODALITIES}
     for here, other in ((AUDIO, VIDEO), (VIDEO, AUDIO)):
         for class_id in sorted(files[here].keys() - files[other].keys()):
             path = files[here][class_id]
@@ -151,34 +152,45 @@ def _blocks(reading: Reading, role: Role, listed: list[ListedSample] | None) -> 
         reading.progress(stem, done, len(files[AUDIO]))
         pair = {m: files[m][class_id] for m in MODALITIES}
         block = _join(class_id, pair)
+        if block.lost:
+            block = _made_up(reading, role, block)
         if listed is not None:
             _check_listed(block, by_class.get(class_id, set()), stem)
         yield block
 
 
-def _class_files(reading: Reading, modality: str, stem: str) -> dict[int, Path]:
+def class_files(reading: Reading, modality: str, stem: str) -> dict[int, Path]:
     """Return {class id: file} of one modality and split folder."""
     folder = reading.feature_root / modality / stem
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; the release is incomplete")
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob("*.h5")):
+    paths = sorted(path for suffix in SUFFIXES for path in folder.glob(f"*{suffix}"))
+    kinds = sorted({path.suffix for path in paths})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{folder}: holds {' and '.join(kinds)} files; a feature set has one kind. "
+            "Move one elsewhere"
+        )
+    for path in paths:
         class_id = reading.table.find(path.stem, str(path))
         if class_id in found:
             raise UserError(f"{path}: same class as {found[class_id]}; remove one of the two")
         found[class_id] = path
     if not found:
-        raise UserError(f"{folder}: no .h5 files; the release is incomplete")
+        raise UserError(f"{folder}: no {' or '.join(SUFFIXES)} files; the release is incomplete")
     return found
 
 
 def _join(class_id: int, files: Mapping[str, Path]) -> Block:
     """Join one class's audio and video rows by the name each row carries."""
-    names = {m: row_names(path) for m, path in files.items()}
+    rows = {m: list_rows(path) for m, path in files.items()}
+    if any(facts.lost for facts in rows.values()):
+        return _join_by_position(class_id, files, rows)
     row_of: dict[str, dict[str, int]] = {}
-    for modality, column in names.items():
+    for modality, facts in rows.items():
         row_of[modality] = {}
-        for row, sample in enumerate(column):
+        for row, sample in enumerate(facts.names):
             if sample in row_of[modality]:
                 raise UserError(
                     f"{files[modality]}: row {row}: video {sample!r} occurs twice "
@@ -195,12 +207,48 @@ def _join(class_id: int, files: Mapping[str, Path]) -> Block:
         )
     ordered = sorted(row_of[AUDIO])
     order = {m: np.array([row_of[m][s] for s in ordered], dtype=np.int64) for m in files}
-    return Block(class_id, tuple(ordered), order, files)
+    return Block(class_id, tuple(ordered), order, files, rows)
+
+
+def _join_by_position(class_id: int, files: Mapping[str, Path], rows: Mapping[str, Rows]) -> Block:
+    """Join rows that lost their names: allowed only where both files skipped the same clips.
+
+    The writer of such files walks audio and video together, so equal name lists and equal numbers
+    of rows say that row i is the same video in both (data_formats.md 2.6).
+    """
+    audio, video = rows[AUDIO], rows[VIDEO]
+    if audio.count != video.count or audio.names != video.names:
+        here, other = (AUDIO, VIDEO) if audio.lost else (VIDEO, AUDIO)
+        raise UserError(
+            f"{files[here]}: {len(rows[here].names)} video_names but {rows[here].count} features, "
+            f"and {files[other]} has {len(rows[other].names)} and {rows[other].count}: its rows "
+            "cannot be told apart by name nor by position; get both files again"
+        )
+    order = {m: np.arange(audio.count, dtype=np.int64) for m in files}
+    return Block(class_id, (), order, files, rows, audio.lost)
+
+
+def _made_up(reading: Reading, role: Role, block: Block) -> Block:
+    """Name the rows of a block that lost its names, and say so in the audit.
+
+    The role is part of the name: a class may lose its names in several split folders.
+    """
+    name = reading.table.classes.names[block.class_id]
+    names = tuple(f"{name}#{role}-{row}" for row in range(block.rows[AUDIO].count))
+    reading.lost[role, block.class_id] = block.lost
+    span = f"{names[0]} to {names[-1]}" if names else "nothing"
+    reading.notes.append(
+        f"warning: {FOLDER_OF_ROLE[role]}/{block.files[AUDIO].name}: {block.lost} of "
+        f"{len(block.rows[AUDIO].names)} videos have no features, so no row's name is known; rows "
+        f"are joined by position and called {span}"
+    )
+    return replace(block, names=names)
 
 
 def _check_listed(block: Block, listed: set[str], stem: str) -> None:
     """Refuse feature rows the sample list does not know, and listed samples without features."""
-    difference = set(block.names) ^ listed
+    # Of a block that lost its rows' names, the file still lists all videos of the class.
+    difference = set(block.rows[AUDIO].names) ^ listed
     if difference:
         sample = min(difference)
         if sample in listed:
@@ -235,25 +283,63 @@ def _load_part(
 ) -> Part:
     """Read the features of a part into contiguous arrays, in the order (role, class, name)."""
     flat = [(role, block) for role, several in blocks.items() for block in several]
-    total = sum(len(block.names) for _, block in flat)
-    arrays: dict[str, Float32] = {}
-    for modality in MODALITIES:
-        at = 0
-        for done, (role, block) in enumerate(flat):
-            reading.progress(f"{modality} {FOLDER_OF_ROLE[role]}", done, len(flat))
-            rows = read_features(block.files[modality])
-            if modality not in arrays:
-                arrays[modality] = np.empty((total, rows.shape[1]), dtype=np.float32)
-            width = arrays[modality].shape[1]
-            if rows.shape[1] != width:
-                raise UserError(
-                    f"{block.files[modality]}: {rows.shape[1]} columns where the other classes "
-                    f"have {width}; a feature set has one width"
-                )
-            arrays[modality][at : at + len(rows)] = rows[block.order[modality]]
-            reading.hash_source(block.files[modality])
+    features = {modality: _load_modality(reading, flat, modality) for modality in MODALITIES}
+    return Part(_samples_table(reading, flat, listed), features)
+
+
+def _load_modality(reading: Reading, flat: list[tuple[Role, Block]], modality: str) -> Features:
+    """Read one modality of a part into one contiguous array, or end to end as sequences."""
+    width, temporal = _one_kind(flat, modality)
+    lengths = [
+        facts.lengths[block.order[modality]]
+        if temporal and facts.lengths is not None
+        else np.ones(facts.count, np.int64)
+        for _, block in flat
+        for facts in (block.rows[modality],)
+    ]
+    starts = starts_of(np.concatenate(lengths))
+    values = allocate((int(starts[-1]), width))
+    at = 0
+    for done, (role, block) in enumerate(flat):
+        path = block.files[modality]
+        reading.progress(f"{modality} {FOLDER_OF_ROLE[role]}", done, len(flat))
+        reading.hash_source(path)
+        rows = take(read_class_file(path)[1], block.order[modality])
+        if isinstance(rows, Sequences) and not temporal:  # every row of the file is empty
+            values[at : at + len(rows)] = np.nan
             at += len(rows)
-    return Part(_samples_table(reading, flat, listed), arrays)
+            continue
+        part = values_of(rows)
+        if len(part):
+            values[at : at + len(part)] = part
+        at += len(part)
+    return Sequences(values, starts) if temporal else values
+
+
+def _one_kind(flat: list[tuple[Role, Block]], modality: str) -> tuple[int, bool]:
+    """Return a modality's width and whether its rows are sequences; all files must agree."""
+    first: Block | None = None
+    for _, block in flat:
+        mine = block.rows[modality]
+        if not mine.width and mine.lengths is not None:
+            continue  # every row is empty: it could be either kind
+        first = first or block
+        other = first.rows[modality]
+        if mine.width != other.width:
+            raise UserError(
+                f"{block.files[modality]}: {mine.width} columns where the other classes "
+                f"have {other.width}; a feature set has one width"
+            )
+        if (mine.lengths is None) != (other.lengths is None):
+            kinds = ("vectors", "sequences")
+            raise UserError(
+                f"{block.files[modality]}: holds {kinds[mine.lengths is not None]} where "
+                f"{first.files[modality]} holds {kinds[other.lengths is not None]}; a feature set "
+                "has one kind"
+            )
+    if first is None:
+        raise UserError(f"{flat[0][1].files[modality].parent}: no file has features")
+    return first.rows[modality].width, first.rows[modality].lengths is not None
 
 
 def _samples_table(
@@ -264,8 +350,9 @@ def _samples_table(
     """Build the samples table of a part from its blocks."""
     classes = reading.table.classes
     official = reading.dataset in OFFICIAL_DATASETS
-    used = {role: _used_classes(classes, role) for role in Role}
+    used = {role: used_classes(classes, role) for role in Role}
     names = [name for _, block in flat for name in block.names]
+    made_up = {name for _, block in flat if block.lost for name in block.names}
     source_split = {
         sample.sample_id: sample.source_split or ""
         for role in {role for role, _ in flat}
@@ -277,7 +364,9 @@ def _samples_table(
         class_id=np.repeat([block.class_id for _, block in flat], sizes).astype(np.int32),
         role=np.repeat([role.code for role, _ in flat], sizes).astype(np.int8),
         # In the official datasets a video is cut into clips named <source>_<number>.
-        source_id=tuple(name.rsplit("_", 1)[0] if official else name for name in names),
+        source_id=tuple(
+            name.rsplit("_", 1)[0] if official and name not in made_up else name for name in names
+        ),
         source_split=tuple(source_split.get(name, "") for name in names),
         evaluated=np.repeat([block.class_id in used[role] for role, block in flat], sizes).astype(
             np.bool_
@@ -285,7 +374,7 @@ def _samples_table(
     )
 
 
-def _used_classes(classes: Classes, role: Role) -> frozenset[int]:
+def used_classes(classes: Classes, role: Role) -> frozenset[int]:
     """Return the classes whose samples count in ``role``, from the class lists."""
     wanted = {
         Role.TRAIN: (ClassRole.TRAIN,),
@@ -295,82 +384,3 @@ def _used_classes(classes: Classes, role: Role) -> frozenset[int]:
         Role.TEST_UNSEEN: (ClassRole.TEST_UNSEEN,),
     }[role]
     return frozenset(classes.ids(*wanted).tolist())
-
-
-def handle_nonfinite(reading: Reading, part: Part) -> Part:
-    """Apply the ``nonfinite`` rule to rows with NaN or infinity (data_formats.md 2.6)."""
-    bad: dict[str, Bool] = {
-        modality: np.asarray(~np.isfinite(array).all(axis=1))
-        for modality, array in part.features.items()
-    }
-    any_bad: Bool = np.asarray(np.stack(list(bad.values())).any(axis=0))
-    rows = np.flatnonzero(any_bad).tolist()
-    if not rows:
-        return part
-    unused = not part.samples.evaluated[rows].any()
-    found = [
-        f"{part.samples.sample_id[row]} ({reading.table.classes.names[part.samples.class_id[row]]},"
-        f" {' and '.join(m for m in bad if bad[m][row])})"
-        for row in rows
-    ]
-    if reading.options.nonfinite == "fail" and not unused:
-        raise UserError(
-            f"{reading.feature_root}: {len(rows)} rows hold NaN or infinity: "
-            f"{'; '.join(found[:5])}{' …' if len(found) > 5 else ''}. "
-            "Repair them, or choose --nonfinite drop or --nonfinite zero"
-        )
-    reading.nonfinite.extend(found)
-    if reading.options.nonfinite == "zero":
-        features = {
-            m: np.where(bad[m][:, None], np.float32(0), a) for m, a in part.features.items()
-        }
-        return Part(part.samples, features)
-    keep = np.flatnonzero(~any_bad)
-    kept = keep.tolist()
-    samples = Samples(
-        tuple(part.samples.sample_id[i] for i in kept),
-        part.samples.class_id[keep],
-        part.samples.role[keep],
-        tuple(part.samples.source_id[i] for i in kept),
-        tuple(part.samples.source_split[i] for i in kept),
-        part.samples.evaluated[keep],
-    )
-    return Part(samples, {m: a[keep] for m, a in part.features.items()})
-
-
-def check_stage_2_train(reading: Reading, part: Part) -> None:
-    """Check that the folder ``stage_2_train`` repeats the stage-1 rows bit for bit (D-14)."""
-    row_of = {name: row for row, name in enumerate(part.samples.sample_id)}
-    folders = {m: reading.feature_root / m / STAGE_2_TRAIN for m in MODALITIES}
-    missing = [str(folder) for folder in folders.values() if not folder.is_dir()]
-    if missing:
-        reading.notes.append(f"{STAGE_2_TRAIN} is missing: its rows could not be compared")
-        return
-    found = 0
-    for modality in MODALITIES:
-        files = _class_files(reading, modality, STAGE_2_TRAIN)
-        for done, (_, path) in enumerate(sorted(files.items())):
-            reading.progress(f"{modality} {STAGE_2_TRAIN}", done, len(files))
-            names, data = row_names(path), read_features(path)
-            reading.hash_source(path)
-            if data.shape[1] != part.features[modality].shape[1]:
-                raise UserError(
-                    f"{path}: {data.shape[1]} columns where the stage_1 files have "
-                    f"{part.features[modality].shape[1]}; get it again"
-                )
-            strangers = [name for name in names if name not in row_of]
-            if strangers:
-                raise UserError(
-                    f"{path}: video {strangers[0]!r} is in none of the stage_1 folders; "
-                    "the release is inconsistent, get it again"
-                )
-            theirs = part.features[modality][[row_of[name] for name in names]]
-            differs = ~((data == theirs) | (np.isnan(data) & np.isnan(theirs))).all(axis=1)
-            if differs.any():
-                raise UserError(
-                    f"{path}: the {modality} row of {names[int(np.argmax(differs))]!r} differs "
-                    "from its stage_1 copy; the release is inconsistent, get it again"
-                )
-            found += len(names)
-    if found != len(MODALITIES) * len(row_of):
-        reading.notes.append(f"{STAGE_2_TRAIN} holds {found // 2} of {len(row_of)} stage-1 rows")

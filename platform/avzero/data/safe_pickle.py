@@ -1,7 +1,8 @@
 """Reading released pickles without trusting them: an unpickler with an allow-list.
 
 A pickle may name any importable object and have it called. The released text files need three
-names (data_formats.md section 2.4); everything else ends in one clear line.
+names (data_formats.md section 2.4), the class files of the temporal and CLIP releases three more
+(section 2.6); everything else ends in one clear line.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,6 +26,14 @@ _TEXT_GLOBALS = frozenset(
         ("numpy", "dtype"),
     }
 )
+
+_CLASS_FILE_GLOBALS = _TEXT_GLOBALS | {
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
+    ("_codecs", "encode"),
+}
 
 _DAMAGED = (
     pickle.UnpicklingError,
@@ -43,8 +52,8 @@ _DAMAGED = (
 class _AllowList(pickle.Unpickler):
     """An unpickler that resolves only the names it was given."""
 
-    def __init__(self, data: bytes, allowed: frozenset[tuple[str, str]], source: Path) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, file: BinaryIO, allowed: frozenset[tuple[str, str]], source: Path) -> None:
+        super().__init__(file)
         self._allowed = allowed
         self._source = source
 
@@ -54,7 +63,33 @@ class _AllowList(pickle.Unpickler):
                 f"{self._source}: the pickle asks for {module}.{name}, which no released file "
                 "needs; refused. Get the file again from its authors, or do not use it"
             )
+        if module == "_codecs":
+            return _latin1
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Stand in for ``_codecs.encode``: old pickles write bytes as Latin-1 text, nothing else."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"encodes as {encoding!r}; expected latin1")
+    return text.encode("latin-1")
+
+
+def load_class_pickle(path: Path) -> Any:
+    """Return what a class file of the temporal or CLIP release holds, through the allow-list.
+
+    Raises:
+        UserError: the file is missing or damaged, or asks for a forbidden name.
+    """
+    try:
+        with path.open("rb") as handle:
+            return _AllowList(handle, _CLASS_FILE_GLOBALS, path).load()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except _DAMAGED as error:
+        raise UserError(
+            f"{path}: not a readable class pickle, truncated or damaged ({error}); get it again"
+        ) from error
 
 
 def load_text_vectors(path: Path) -> tuple[tuple[str, ...], Float32]:
@@ -109,7 +144,7 @@ def _unpickle_object_array(path: Path) -> Any:
             if shape != () or dtype != np.dtype(object):
                 raise UserError(f"{path}: array of shape {shape} and type {dtype}; {remedy}")
             body = handle.read()
-        array = _AllowList(body, _TEXT_GLOBALS, path).load()
+        array = _AllowList(io.BytesIO(body), _TEXT_GLOBALS, path).load()
         return array.item() if isinstance(array, np.ndarray) and array.shape == () else array
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error

@@ -1,4 +1,4 @@
-"""Simulated benchmarks that write the AVCA layout, so that demos and tests need no download.
+"""Simulated benchmarks in the layouts of the releases: demos and tests need no download.
 
 Every class has a latent vector. Its text vector is a fixed linear image of the latent, its
 samples are rectified linear images of the latent plus noise; so what is learned on some classes
@@ -28,15 +28,28 @@ from avzero.data.benchmark import AUDIO, VIDEO, Float32, Progress, Role
 from avzero.data.class_lists import FOLDER_OF_ROLE, STAGE_2_TRAIN
 from avzero.data.official import OFFICIAL
 from avzero.data.release import SIMULATED_MARKER
+from avzero.data.simulate_releases import (
+    MEAN_STEPS,
+    clip_names,
+    feature_folder,
+    sequences,
+    unit_vectors,
+    write_class_pickle,
+    write_clip_names,
+    write_clipclap_text,
+)
 from avzero.data.storage import disk_errors, require_space
 from avzero.errors import UserError
 
+LAYOUTS = ("hdf5", "clipclap", "temporal")
+"""Releases that can be simulated: AVCA's, ClipClap's and TCaF's."""
 LATENT = 8
 TEXT_WIDTH = 300
 DIMS: Mapping[str, Mapping[str, int]] = {
     "main": {AUDIO: 512, VIDEO: 512},
     "cls": {AUDIO: 128, VIDEO: 4096},
     "tiny": {AUDIO: 32, VIDEO: 48},
+    "clipclap": {AUDIO: 1024, VIDEO: 512},
 }
 NOISE: Mapping[str, float] = {AUDIO: 0.9, VIDEO: 0.6}
 
@@ -110,6 +123,12 @@ class _World:
     text: Float32
     maps: Mapping[str, Float32]
     seed: int
+    layout: str = "hdf5"
+
+    @property
+    def folder(self) -> str:
+        """The feature set's folder."""
+        return feature_folder(self.shape.features, self.layout)
 
 
 def simulate(
@@ -117,8 +136,9 @@ def simulate(
     size: str,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
+    layout: str = "hdf5",
 ) -> Path:
-    """Write a simulated dataset in the AVCA layout.
+    """Write a simulated dataset in the layout of a release.
 
     Args:
         root: the folder to make; its name becomes the dataset's name. It must not exist, except
@@ -126,38 +146,44 @@ def simulate(
         size: a key of ``SHAPES``.
         seed: of everything random; same seed, same bytes of data.
         progress: called while files are written.
+        layout: ``hdf5`` (averaged), ``clipclap`` or ``temporal`` (both pickled).
 
     Returns:
         ``root``.
 
     Raises:
-        UserError: unknown size, the folder holds something else, or the device is full.
+        UserError: unknown size or layout, the folder holds something else, or the device is full.
     """
     if size not in SHAPES:
         raise UserError(f"simulate: no size {size!r}; choose one of {', '.join(SHAPES)}")
+    if layout not in LAYOUTS:
+        raise UserError(f"simulate: no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     marker = root / SIMULATED_MARKER
     stamp = {"size": size, "seed": seed, "version": 1}
+    stamp |= {"layout": layout} if layout != "hdf5" else {}
     if marker.exists() and marker.read_text() == json.dumps(stamp):
         return root
     if root.exists():
         raise UserError(
-            f"{root}: exists and is not this simulation (size {size}, seed {seed}); "
-            "remove it or choose another folder"
+            f"{root}: exists and is not this simulation (size {size}, seed {seed}, "
+            f"layout {layout}); remove it or choose another folder"
         )
     shape = SHAPES[size]()
-    total = sum(shape.samples.values()) * 2 * 4 * sum(DIMS[shape.features].values())
-    world = _draw_world(shape, seed)
+    world = _draw_world(shape, seed, layout)
+    width = sum(to_features.shape[1] for to_features in world.maps.values())
+    total = sum(shape.samples.values()) * 2 * 4 * width
+    total *= MEAN_STEPS if layout == "temporal" else 1
     with disk_errors(root):
         require_space(root, total)
         _write_lists(world, root / "class-split")
-        _write_text(world, root / "features" / f"{shape.features}_features" / "text")
+        _write_text(world, root / "features" / world.folder / "text")
         _write_features(world, root, progress)
         # The marker is written last: a folder without it was cut off and is refused above.
         marker.write_text(json.dumps(stamp))
     return root
 
 
-def _draw_world(shape: Shape, seed: int) -> _World:
+def _draw_world(shape: Shape, seed: int, layout: str) -> _World:
     """Draw class names, class roles, latents and feature maps."""
     rng = np.random.default_rng([seed, 0])
     total, n_train, n_val, n_test, _ = shape.classes
@@ -176,9 +202,12 @@ def _draw_world(shape: Shape, seed: int) -> _World:
     text = latents @ rng.standard_normal((LATENT, TEXT_WIDTH)).astype(np.float32)
     text += 0.1 * rng.standard_normal(text.shape).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
+    features = shape.features
+    if layout == "clipclap" and features != "tiny":
+        features = "clipclap"
     maps = {
         m: (rng.standard_normal((LATENT, d)) / np.sqrt(LATENT)).astype(np.float32)
-        for m, d in DIMS[shape.features].items()
+        for m, d in DIMS[features].items()
     }
     return _World(
         shape,
@@ -190,6 +219,7 @@ def _draw_world(shape: Shape, seed: int) -> _World:
         text.astype(np.float32),
         maps,
         seed,
+        layout,
     )
 
 
@@ -268,6 +298,9 @@ def _write_lists(world: _World, folder: Path) -> None:
         writer = csv.writer(handle)
         writer.writerow(["original", "manual"])
         writer.writerows(zip(world.originals, world.manuals, strict=True))
+    if world.layout == "clipclap" and world.shape.style == "UCF":
+        path = folder / "ucf_clip_class_names.csv"
+        write_clip_names(path, world.originals, world.manuals)
     for split in ("main", "cls"):
         target = folder / f"{split}_split"
         target.mkdir()
@@ -312,6 +345,11 @@ def _write_sample_list(world: _World, path: Path, stem: str) -> None:
 
 def _write_text(world: _World, folder: Path) -> None:
     """Write the class vectors as the 0-d object array the releases use."""
+    if world.layout == "clipclap":
+        style = world.shape.style
+        keys = clip_names(world.manuals) if style == "UCF" else world.manuals
+        write_clipclap_text(folder, style.lower(), keys, world.latents, world.seed)
+        return
     folder.mkdir(parents=True)
     order = np.random.default_rng([world.seed, 1]).permutation(len(world.manuals))
     vectors = {world.manuals[i]: world.text[i] for i in order}
@@ -323,6 +361,15 @@ def _write_text(world: _World, folder: Path) -> None:
 def _features(world: _World, role: Role, class_id: int, count: int) -> dict[str, Any]:
     """Draw one class's features: non-negative, like pooled rectified activations."""
     rng = np.random.default_rng([world.seed, 2, role.code, class_id])
+    if world.layout != "hdf5":
+        noisy = {
+            m: world.latents[class_id]
+            + NOISE[m] * rng.standard_normal((count, LATENT), dtype=np.float32)
+            for m in world.maps
+        }
+        if world.layout == "clipclap":
+            return dict(unit_vectors(rng, noisy, world.maps))
+        return dict(sequences(rng, noisy, world.maps, world.folder.partition("_")[0]))
     result: dict[str, Any] = {}
     for modality, to_features in world.maps.items():
         latent = world.latents[class_id] + NOISE[modality] * rng.standard_normal(
@@ -339,8 +386,8 @@ def _features(world: _World, role: Role, class_id: int, count: int) -> dict[str,
 
 
 def _write_features(world: _World, root: Path, progress: Progress) -> None:
-    """Write one HDF5 file per class, split folder and modality, stage_2_train included."""
-    base = root / "features" / f"{world.shape.features}_features"
+    """Write one file per class, split folder and modality, stage_2_train included."""
+    base = root / "features" / world.folder
     stage_2: dict[int, list[tuple[Role, int]]] = {}
     for role in Role:
         counts = _per_class(world, role)
@@ -364,10 +411,14 @@ def _write_class(
         order = np.arange(len(names))
         if modality == VIDEO:  # rows must be joined by name, never by position
             order = np.random.default_rng([world.seed, 3, class_id]).permutation(len(names))
-        data = np.concatenate([block[modality] for block in blocks])[order]
+        listed = [names[i] for i in order]
         path = base / modality / stem / f"{world.written[class_id]}.h5"
         path.parent.mkdir(parents=True, exist_ok=True)
-        listed = [names[i] for i in order]
+        if world.layout != "hdf5":
+            rows = [row for block in blocks for row in block[modality]]
+            write_class_pickle(path.with_suffix(".pkl"), listed, [rows[i] for i in order])
+            continue
+        data = np.concatenate([block[modality] for block in blocks])[order]
         with h5py.File(path, "w") as file:
             file.create_dataset("data", data=data)
             if world.shape.style == "VGGSound":

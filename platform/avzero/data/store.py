@@ -33,6 +33,7 @@ from avzero.data.benchmark import (
 from avzero.data.cache import NodeCache
 from avzero.data.columns import read_vectors, write_part, write_vectors
 from avzero.data.ledger import Opening, read_openings, record_opening
+from avzero.data.sequences import Sequences
 from avzero.data.storage import Storage, disk_errors, open_storage, require_space
 from avzero.errors import UserError
 
@@ -95,6 +96,8 @@ class FeatureStore:
             "parts": parts,
             "counts": raw.counts(),
         }
+        if raw.step_seconds:
+            manifest["step_seconds"] = dict(raw.step_seconds)
         self.storage.write(key, canonical(manifest).encode())
         return self._info(manifest), True
 
@@ -114,11 +117,14 @@ class FeatureStore:
         """Write one part as a blob; return its manifest entry."""
         path = scratch / f"{name}.parquet"
         write_part(path, part, lambda done, total: progress(f"writing {name}", done, total))
-        return self._put_blob(path) | {
+        features = part.features.items()
+        steps = {m: len(a.values) for m, a in features if isinstance(a, Sequences)}
+        entry = self._put_blob(path) | {
             "rows": len(part.samples),
-            "dims": {name: int(array.shape[1]) for name, array in part.features.items()},
+            "dims": {modality: int(array.shape[1]) for modality, array in features},
             "content": content,
         }
+        return entry | ({"steps": steps} if steps else {})
 
     def _put_blob(self, path: Path) -> dict[str, Any]:
         """Move a scratch file under its digest; return where it is and how large."""
@@ -197,6 +203,7 @@ class FeatureStore:
             text={name: self._text(entry) for name, entry in sorted(manifest["text"].items())},
             dims=manifest["parts"]["open"]["dims"],
             counts=manifest["counts"],
+            step_seconds=manifest.get("step_seconds", {}),
         )
 
     def _text(self, entry: Mapping[str, Any]) -> TextSet:

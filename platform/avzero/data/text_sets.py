@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from avzero.data.benchmark import Classes, ClassRole, TextSet
 from avzero.data.class_lists import ClassTable, read_name_map
 from avzero.data.safe_pickle import load_text_vectors
 from avzero.errors import UserError
 
+CLIP = "clip"
+WAVCAPS = "wavcaps"
+CLIPCLAP = "clipclap"
+"""Text of the ClipClap release: its two files, and their vectors side by side."""
 
-def find_text_files(feature_root: Path) -> dict[str, Path]:
-    """Return {text set name: file} of the ``text`` folder of a feature set."""
+
+def find_text_files(feature_root: Path, clip: bool = False) -> dict[str, Path]:
+    """Return {text set name: file} of the ``text`` folder of a feature set.
+
+    Args:
+        feature_root: the feature set's folder.
+        clip: CLIP and CLAP features: where WavCaps text lies beside it, the file called
+            ``word_embeddings_…`` holds CLIP text, not word vectors.
+    """
     files: dict[str, Path] = {}
     for path in sorted((feature_root / "text").glob("*.npy")):
         name = text_set_name(path)
@@ -27,6 +40,8 @@ def find_text_files(feature_root: Path) -> dict[str, Path]:
             f"{feature_root / 'text'}: no .npy text vectors; copy "
             "word_embeddings_<dataset>_normed.npy there or give --text NAME=FILE"
         )
+    if clip and files.keys() >= {"w2v", WAVCAPS}:
+        files[CLIP] = files.pop("w2v")
     return files
 
 
@@ -45,7 +60,26 @@ def read_text_sets(
                 by_class[table.classes.names[class_id]] = key
         _check_covered(table.classes, by_class, name_map, path)
         result[text_name] = TextSet(keys, vectors, by_class)
+    if CLIP in result and WAVCAPS in result and CLIPCLAP not in result:
+        result[CLIPCLAP] = _joined(result, files)
     return result
+
+
+def _joined(sets: Mapping[str, TextSet], files: Mapping[str, Path]) -> TextSet:
+    """Return [CLIP | WavCaps] vectors, joined by text key (the public loader joins by position)."""
+    clip, wavcaps = sets[CLIP], sets[WAVCAPS]
+    lonely = set(clip.keys) ^ set(wavcaps.keys)
+    if lonely:
+        key = min(lonely)
+        has, lacks = (CLIP, WAVCAPS) if key in clip.keys else (WAVCAPS, CLIP)
+        raise UserError(
+            f"{files[has]}: text key {key!r} is not in {files[lacks]}; the two are concatenated by "
+            "key, so both must name the same classes. Get both from one release"
+        )
+    row_of = {key: row for row, key in enumerate(wavcaps.keys)}
+    order = [row_of[key] for key in clip.keys]
+    vectors = np.concatenate([clip.vectors, wavcaps.vectors[order]], axis=1)
+    return TextSet(clip.keys, vectors, clip.key_of_class)
 
 
 def _map_for(split_root: Path, keys: set[str]) -> tuple[Path, dict[str, str]]:

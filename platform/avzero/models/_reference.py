@@ -42,12 +42,15 @@ def load_strictly(
             shown = ", ".join(sorted(names)[:_LISTED])
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             problems.append(f"{verb}: {shown}{more}")
+    shapes = []
     for key in sorted(ours.keys() & theirs.keys()):
         value = theirs[key]
         if value.dim() > ours[key].dim() and value.numel() == ours[key].numel():
             theirs[key] = value = value.reshape(ours[key].shape)
         if value.shape != ours[key].shape:
-            problems.append(f"{key} is {list(value.shape)}, expected {list(ours[key].shape)}")
+            shapes.append(f"{key} is {list(value.shape)}, expected {list(ours[key].shape)}")
+    rest = [f"{len(shapes) - _LISTED} more of another shape"] if len(shapes) > _LISTED else []
+    problems += shapes[:_LISTED] + rest
     if problems:
         raise UserError(
             f"not a checkpoint of {title} with these settings: {'; '.join(problems)}. "

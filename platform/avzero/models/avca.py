@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._layers import MLP, Transformer
 from avzero.models._losses import mse, triplets
+from avzero.models._reference import load_strictly
 from avzero.spec import NonNegative, Positive, Probability
 
 WIDTH = 300
@@ -55,6 +56,8 @@ class AVCA(Model):
         year=2022,
         venue="CVPR",
         link="https://arxiv.org/abs/2203.03598",
+        options=("train_pos_emb (P-10)", "bn_legacy_updates (P-11)"),
+        fixture="avca_main",
     )
     Config: ClassVar[type[ModelConfig]] = AVCAConfig
     compat: ClassVar[Mapping[str, object]] = {"train_pos_emb": False, "bn_legacy_updates": True}
@@ -171,3 +174,7 @@ class AVCA(Model):
         """Return Euclidean distances of the video branch, the one result the system reports."""
         distance = torch.cdist(samples["video"], classes)
         return {"both": distance.square() if squared else distance}
+
+    def load_reference(self, state: Mapping[str, Tensor]) -> None:
+        """Take an ``AVCA`` checkpoint (avca.md section 7): its keys are ours."""
+        load_strictly(self, self.card.title, state)

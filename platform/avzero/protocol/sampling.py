@@ -20,10 +20,14 @@ _KINDS = 4  # draws per pair: anchor class, anchor, negative class, negative
 
 
 class Draws(NamedTuple):
-    """One epoch of pairs; every tensor is int64 [batches, batch, 2], anchor first."""
+    """One epoch of pairs; every tensor is int64 [batches, batch, 2], anchor first.
+
+    ``key`` is the epoch's own, for what else is drawn per pair.
+    """
 
     row: Tensor
     label: Tensor
+    key: int = 0
 
 
 class ClassUniformSampler:
@@ -62,4 +66,4 @@ class ClassUniformSampler:
         within = torch.stack([counter + 1, counter + 3], dim=1)
         pick = uniform_below(key, within, self._counts[label])
         row = self._rows[self._starts[label] + pick]
-        return Draws(row.view(batches, batch, 2), label.view(batches, batch, 2))
+        return Draws(row.view(batches, batch, 2), label.view(batches, batch, 2), key)

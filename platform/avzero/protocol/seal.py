@@ -83,6 +83,7 @@ def open_test(
     opening = Opening(
         benchmark=frozen.task.benchmark,
         model=frozen.task.model,
+        text=frozen.task.protocol.text,
         trial=frozen.task.id,
         run=stage_2.id,
         frozen=frozen.digest,

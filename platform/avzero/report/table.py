@@ -108,7 +108,9 @@ def _row(storage: Storage, sweep: str, records: list[dict[str, Any]]) -> Row:
     openings = [
         line
         for line in read_openings(storage, first["digest"])
-        if line["sweep"] == sweep and line["model"] == first["model"]
+        if line["sweep"] == sweep
+        and line["model"] == first["model"]
+        and line["text"] == first["protocol"]["text"]
     ]
     return Row(
         benchmark=first["benchmark"],
@@ -130,10 +132,11 @@ def _row(storage: Storage, sweep: str, records: list[dict[str, Any]]) -> Row:
 def render(rows: Sequence[Row], width: int) -> Table:
     """Return the leaderboard for a terminal of a width; percent, mean ± std over seeds."""
     wide = width >= 150
+    texts = wide or len({row.text for row in rows}) > 1
     digits = 2 if wide else 1
     disjoint = wide and any(DISJOINT in row.scores for row in rows)
     table = Table(title="TEST, percent (mean ± std over seeds)", title_justify="left")
-    for name in ("benchmark", "system", *(("text",) if wide else ()), "sweep"):
+    for name in ("benchmark", "system", *(("text",) if texts else ()), "sweep"):
         table.add_column(name, overflow="fold")
     extra = ("AUSUC", *((DISJOINT,) if disjoint else ()), "beta", "VAL HM") if wide else ()
     for name in ("seeds", *SCORES, *extra):
@@ -145,7 +148,7 @@ def render(rows: Sequence[Row], width: int) -> Table:
         table.add_row(
             row.benchmark + (" (simulated)" if row.simulated else ""),
             row.system,
-            *((row.text,) if wide else ()),
+            *((row.text,) if texts else ()),
             row.sweep,
             str(len(row.seeds)),
             *cells,

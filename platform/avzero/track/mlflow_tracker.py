@@ -379,8 +379,16 @@ class MlflowTracker(Listener):
             "AUSUC": 100 * result.area,
             "seconds": result.seconds,
         }
-        for name, value in result.extra.items():
-            values[name] = 100 * value
+        extra = {name: 100 * value for name, value in result.extra.items()}
+        retrieval = {name: value for name, value in extra.items() if name.startswith("mAP_")}
+        for name, value in extra.items():
+            if name not in retrieval:
+                values[name] = value
+            elif result.kind == "test" and name.endswith("_hm"):
+                # Up to 15 numbers: trials have charts enough, so all of them go into a file.
+                values[f"retrieval/{name}"] = value
+        if retrieval:
+            self._artifact(run_id, "retrieval.csv", _csv(("measure", "%"), retrieval.items()))
         self._log_metrics(run_id, values)
         self._client.set_tag(run_id, "avzero.parameters", str(result.parameters))
         where = "VAL" if result.kind == "val" else "TEST"

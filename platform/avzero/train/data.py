@@ -9,18 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avzero.data.benchmark import Benchmark, BenchmarkInfo, Part
+from avzero.data.benchmark import Benchmark, BenchmarkInfo
 from avzero.errors import UserError
 from avzero.models._contract import Batch, Model, Shapes
 from avzero.models._registry import model_class
 from avzero.protocol.calibration import BOTH, MISSING
+from avzero.protocol.retrieval import Gallery
 from avzero.protocol.sampling import ClassUniformSampler, Draws
 from avzero.protocol.scoring import Nearest
 from avzero.protocol.stages import STAGES, Stage
 from avzero.spec import InputScaling, Protocol, Task
-
-_ROWS = 4096
-"""Rows embedded at once in evaluation."""
+from avzero.train.steps import Steps, Table, Window, rows_at_once, tables, take, vectors
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,20 @@ class Scaling:
 class EvaluationSet:
     """Rows to score and the classes they may be assigned to."""
 
-    features: Mapping[str, Tensor]
+    features: Mapping[str, Table]
     rows: Tensor
     target: Tensor
     seen_ids: Tensor
     unseen_ids: Tensor
+    window: Window = field(default_factory=Window)
 
     def chunks(self, scaling: Scaling) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield (features by modality, targets) of at most ``_ROWS`` samples."""
-        for start in range(0, len(self.rows), _ROWS):
-            rows = self.rows[start : start + _ROWS]
-            taken = {m: scaling.apply(m, x.index_select(0, rows)) for m, x in self.features.items()}
-            yield taken, self.target[start : start + _ROWS]
+        """Yield (features by modality, targets) of as many samples as fit at once."""
+        count = rows_at_once(self.features, self.rows, self.window)
+        for start in range(0, len(self.rows), count):
+            rows = self.rows[start : start + count]
+            taken = take(self.features, rows, scaling, self.window)
+            yield taken, self.target[start : start + count]
 
 
 class StageData:
@@ -83,13 +84,15 @@ class StageData:
 
     def __init__(self, benchmark: Benchmark, task: Task, device: torch.device) -> None:
         protocol, stage = task.protocol, task.stage
+        require_features(task.model, benchmark.info)
         self.info = benchmark.info
         self.stage = STAGES[stage]
         self.device = device
         self.dtype: torch.dtype = getattr(torch, task.train.precision)
         vectors = benchmark.info.class_vectors(protocol.text, protocol.text_alignment)
         self.class_text = torch.from_numpy(vectors).to(device, self.dtype)
-        self.features = _tensors(benchmark.part, device)
+        self.features = tables(benchmark.part, device)
+        self.window = Window(protocol.max_steps, benchmark.info.step_seconds)
         samples = benchmark.part.samples
         rows = samples.rows(*self.stage.train)
         if not len(rows):
@@ -112,44 +115,50 @@ class StageData:
     @property
     def shapes(self) -> Shapes:
         """Sizes a system must be built for."""
-        return Shapes(dict(self.info.dims), self.class_text.shape[1])
+        return Shapes(dict(self.info.dims), self.class_text.shape[1], self.info.temporal)
 
     def low(self) -> float:
         """Return the smallest scaled feature of the training rows."""
         return min(float(x.min()) for block, _ in self.blocks(self._rows) for x in block.values())
 
     def blocks(self, rows: np.ndarray) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield (scaled features, row numbers) of at most ``_ROWS`` samples."""
-        for start in range(0, len(rows), _ROWS):
-            index = torch.from_numpy(rows[start : start + _ROWS]).to(self.device)
-            yield (
-                {
-                    m: self.scaling.apply(m, x.index_select(0, index))
-                    for m, x in self.features.items()
-                },
-                index,
-            )
+        """Yield (scaled features, row numbers) of as many samples as fit at once."""
+        every = torch.from_numpy(rows).to(self.device)
+        count = rows_at_once(self.features, every, self.window)
+        for start in range(0, len(rows), count):
+            index = every[start : start + count]
+            yield take(self.features, index, self.scaling, self.window), index
 
     def batch(self, draws: Draws, step: int, rank: int, size: int) -> Batch:
         """Gather one worker's share of a step's global batch."""
         share = draws.row.shape[1] // size
         mine = slice(rank * share, (rank + 1) * share)
-        row, label = draws.row[step, mine], draws.label[step, mine]
-        flat_row, flat_label = row.reshape(-1), label.reshape(-1)
-        features = {
-            m: self.scaling.apply(m, x.index_select(0, flat_row).view(share, 2, -1))
-            for m, x in self.features.items()
-        }
+        label = draws.label[step, mine]
+        flat_row, flat_label = draws.row[step].reshape(-1), label.reshape(-1)
+        counters = torch.arange(len(flat_row), device=self.device) + step * len(flat_row)
+        taken = take(
+            self.features,
+            flat_row,
+            self.scaling,
+            self.window,
+            (draws.key, counters),
+            slice(2 * mine.start, 2 * mine.stop),
+        )
+        features = {name: x.view(share, 2, *x.shape[1:]) for name, x in taken.items()}
         text = self.train_text.index_select(0, flat_label).view(share, 2, -1)
         return Batch(features, text, label, self.train_text)
 
     def evaluation(self, benchmark: Benchmark, stage: Stage) -> EvaluationSet:
         """Return the evaluation set of ``stage`` (VAL or TEST) from a benchmark part."""
-        return evaluation_set(benchmark, stage, self.class_text, self.device)
+        return evaluation_set(benchmark, stage, self.class_text, self.device, self.window)
 
 
 def evaluation_set(
-    benchmark: Benchmark, stage: Stage, text: Tensor, device: torch.device
+    benchmark: Benchmark,
+    stage: Stage,
+    text: Tensor,
+    device: torch.device,
+    window: Window | None = None,
 ) -> EvaluationSet:
     """Return the rows of a stage's evaluation roles and their candidate classes."""
     samples = benchmark.part.samples
@@ -164,11 +173,12 @@ def evaluation_set(
     for ids in (seen, unseen):
         _require_text(text[ids], ids, benchmark.info)
     return EvaluationSet(
-        _tensors(benchmark.part, device),
+        tables(benchmark.part, device),
         torch.from_numpy(rows).to(device),
         torch.from_numpy(samples.class_id[rows].astype(np.int64)).to(device),
         seen,
         unseen,
+        window or Window(),
     )
 
 
@@ -198,6 +208,7 @@ def nearest(
     data: EvaluationSet,
     protocol: Protocol,
     withhold: bool = False,
+    keep: Gallery | None = None,
 ) -> tuple[dict[str, Nearest], float]:
     """Score a model on an evaluation set, in eval mode.
 
@@ -207,6 +218,7 @@ def nearest(
         data: rows to score and their candidate classes.
         protocol: gives the distance.
         withhold: score also with each modality missing, as ``missing_<modality>``.
+        keep: takes embeddings and distances of the whole samples, for retrieval.
 
     Returns:
         What scoring needs, by modality, and the scale of the class embeddings: the median over
@@ -223,7 +235,11 @@ def nearest(
         def score(scaling: Scaling, missing: str = "") -> None:
             for features, target in data.chunks(scaling):
                 squared = protocol.distance == "squared_l2"
-                for name, d in model.distances(model.embed(features), table, squared).items():
+                z = model.embed(features)
+                distances = model.distances(z, table, squared)
+                if keep is not None and not missing:
+                    keep.add(z, {name: d[:, :n] for name, d in distances.items()}, target)
+                for name, d in distances.items():
                     if missing and name != BOTH:
                         continue
                     facts = Nearest.of(
@@ -248,9 +264,20 @@ def nearest(
     return {name: Nearest.concatenate(parts) for name, parts in blocks.items()}, scale
 
 
-def _tensors(part: Part, device: torch.device) -> dict[str, Tensor]:
-    """Return the features as tensors; on the CPU they stay the cache's shared memory map."""
-    return {m: torch.from_numpy(np.asarray(a)).to(device) for m, a in part.features.items()}
+def require_features(model: str, info: BenchmarkInfo) -> None:
+    """Refuse a benchmark of a kind a system does not take.
+
+    Raises:
+        UserError: sequences for a system of vectors, or the reverse.
+    """
+    kinds = model_class(model).card.features
+    if ("temporal" in kinds) if info.temporal else set(kinds) - {"temporal"}:
+        return
+    has = "temporal features" if info.temporal else "one vector per video"
+    raise UserError(
+        f"{model} takes {' and '.join(kinds)} features, and benchmark {info.name} has {has}; "
+        "choose another feature set, or another system (avzero models)"
+    )
 
 
 def _require_text(vectors: Tensor, ids: Tensor, info: BenchmarkInfo) -> None:
@@ -275,7 +302,7 @@ def _require_nonnegative(task: Task, data: StageData) -> None:
 
 
 def _fit_scaling(
-    features: Mapping[str, Tensor], rows: np.ndarray, task: Task, dtype: torch.dtype
+    features: Mapping[str, Table], rows: np.ndarray, task: Task, dtype: torch.dtype
 ) -> Scaling:
     """Fit input scaling on the training rows of the stage only."""
     protocol = task.protocol
@@ -293,18 +320,24 @@ def _fit_scaling(
     return Scaling(rule, dtype, shift, scale, absent)
 
 
-def _fit(table: Tensor, rows: np.ndarray, rule: str) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation, or minimum and range, of each dimension over ``rows``."""
-    index = torch.from_numpy(rows).to(table.device)
-    total = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
+def _fit(table: Table, rows: np.ndarray, rule: str) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation, or minimum and range, of each dimension over ``rows``.
+
+    Of sequences every step counts once.
+    """
+    values = table.values if isinstance(table, Steps) else table
+    device = values.device
+    total = torch.zeros(values.shape[1], dtype=torch.float64, device=device)
     square, low, high = torch.zeros_like(total), total + torch.inf, total - torch.inf
-    for start in range(0, len(index), _ROWS):
-        block = table.index_select(0, index[start : start + _ROWS]).to(torch.float64)
+    count = 0
+    for some in vectors(table, torch.from_numpy(rows).to(device)):
+        block = some.to(torch.float64)
+        count += len(block)
         total += block.sum(0)
         square += block.square().sum(0)
         low = torch.minimum(low, block.amin(0))
         high = torch.maximum(high, block.amax(0))
     if rule == "minmax":
         return low, high - low
-    mean = total / len(index)
-    return mean, (square / len(index) - mean.square()).clamp_min(0).sqrt()
+    mean = total / count
+    return mean, (square / count - mean.square()).clamp_min(0).sqrt()

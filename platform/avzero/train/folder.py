@@ -145,6 +145,13 @@ class RunFolder:
         state.files = {"best": state.files["best"]}
         self._publish(state, old)
 
+    def adopt(self, epoch: int, weights: Tensors) -> None:
+        """Keep weights that were trained elsewhere, as a finished run without a history."""
+        state = State(best_epoch=epoch, finished=True)
+        self.begin()
+        state.files["best"] = self._put(state, "weights-published", weights)
+        self._publish(state, set())
+
     def _put(self, state: State, stem: str, tensors: Tensors) -> str:
         name = f"{stem}-{self._attempt}.safetensors"
         data = save_tensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()})

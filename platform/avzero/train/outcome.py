@@ -14,6 +14,7 @@ from avzero.errors import UserError
 from avzero.models._contract import Model
 from avzero.models._registry import build
 from avzero.protocol.calibration import BOTH, Calibration, calibrate
+from avzero.protocol.retrieval import Gallery
 from avzero.protocol.scoring import Nearest, Scores
 from avzero.protocol.seal import Frozen, open_test
 from avzero.protocol.stages import STAGE_1, STAGE_2
@@ -64,13 +65,15 @@ def conclude_stage_1(folder: RunFolder, benchmark: Benchmark) -> tuple[Result, F
     data = StageData(benchmark, task, _CPU)
     model = load_model(folder, state, data)
     rows = data.evaluation(benchmark, STAGE_1)
-    facts, scale = nearest(model, data, rows, task.protocol, withhold=True)
+    gallery = Gallery()
+    facts, scale = nearest(model, data, rows, task.protocol, withhold=True, keep=gallery)
     grid = task.protocol.beta_grid or model.beta_grid
     calibration, scores = calibrate(facts, grid, scale)
     frozen = Frozen(
         task, state.best_epoch, lr_sequence(state.history), calibration, scores[BOTH].as_dict()
     )
-    result = _result(folder, state, model, facts, scores, calibration)
+    extra = gallery.scores(rows.seen_ids, rows.unseen_ids, data.scaling.absent)
+    result = _result(folder, state, model, facts, scores, calibration, extra=extra)
     folder.save_frozen(frozen.as_dict())
     folder.save_result(result)
     return result, frozen
@@ -97,10 +100,12 @@ def score_test(store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: st
         for modality in frozen.calibration.betas
     }
     test = open_test(store, frozen, task, betas[BOTH], sweep, code_revision())
-    rows = evaluation_set(test, STAGE_2, data.class_text, _CPU)
-    facts, _ = nearest(model, data, rows, task.protocol, withhold=True)
+    rows = evaluation_set(test, STAGE_2, data.class_text, _CPU, data.window)
+    gallery = Gallery()
+    facts, _ = nearest(model, data, rows, task.protocol, withhold=True, keep=gallery)
     scores = {modality: facts[modality].at(beta) for modality, beta in betas.items()}
     extra = _source_disjoint(benchmark, test, facts[BOTH], betas[BOTH])
+    extra |= gallery.scores(rows.seen_ids, rows.unseen_ids, data.scaling.absent)
     result = _result(folder, state, model, facts, scores, frozen.calibration, frozen.digest, extra)
     folder.save_result(result)
     return result

@@ -46,8 +46,8 @@ class Result:
 
     ``scores``: per modality S, U, HM, ZSL, beta at the calibrated value. ``exact``: the optimum
     over all beta and the area under the curve (VAL only; on TEST the optimum would be a choice
-    made on TEST, so only the area is kept). ``extra``: further scores, e.g. S on source-disjoint
-    samples (P-16).
+    made on TEST, so only the area is kept). ``extra``: further scores: S on source-disjoint
+    samples (P-16), mean average precisions of retrieval (keys: ``protocol.retrieval``).
     """
 
     task: str

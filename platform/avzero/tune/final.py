@@ -13,11 +13,12 @@ from avzero.canon import ID_LENGTH, canonical
 from avzero.errors import UserError
 from avzero.protocol.calibration import BOTH
 from avzero.protocol.seal import Frozen
-from avzero.spec import Task
+from avzero.spec import Resources, Task
 from avzero.train.drive import drive
 from avzero.train.folder import RunFolder
 from avzero.train.outcome import conclude_stage_1, score_test
-from avzero.train.records import Result, TrainingFailed
+from avzero.train.records import Epoch, Result, TrainingFailed
+from avzero.tune.ahead import Ahead
 from avzero.tune.listener import FinalView, Listener
 from avzero.tune.space import Group
 from avzero.tune.sweep import Sweep, check_placement
@@ -37,9 +38,9 @@ class FinalPlan:
                 yield group, self.frozen[group.key], self.sweep.job.seed + number
 
     @property
-    def pending(self) -> bool:
-        """Whether a run has no stored TEST result (with ``pipeline``: may have none)."""
-        return any(not self._stored(frozen, seed) for _, frozen, seed in self.runs())
+    def pending(self) -> int:
+        """Number of runs without a stored TEST result (with ``pipeline``: that may have none)."""
+        return sum(not self._stored(frozen, seed) for _, frozen, seed in self.runs())
 
     def _stored(self, frozen: Frozen, seed: int) -> bool:
         if self.sweep.job.test.reseed == "pipeline" and seed != frozen.task.seed:
@@ -95,6 +96,10 @@ def run_final(
     need = job.resources.model_copy(update={"workers": job.test.workers})
     if plan.pending and (on_cluster or need.workers > 1):
         check_placement(job, need)
+    # With ``pipeline`` stage 2 follows a stage 1 that has not run yet: one after the other.
+    seeds = [] if job.test.reseed == "pipeline" else list(plan.runs())
+    tasks = [frozen.stage_2_task(seed) for _, frozen, seed in seeds]
+    ahead = Ahead(plan.sweep.store, tasks, need)
     for group, frozen, seed in plan.runs():
         if job.test.reseed == "pipeline" and seed != frozen.task.seed:
             task = _reseeded(frozen, seed)
@@ -102,7 +107,7 @@ def run_final(
             benchmark = plan.sweep.store.open(task.benchmark)
             frozen = conclude_stage_1(view.folder, benchmark)[1]  # noqa: PLW2901
         task = frozen.stage_2_task(seed)
-        view = _train(plan.sweep, group, frozen, task, listeners, on_cluster)
+        view = _train(plan.sweep, group, frozen, task, listeners, on_cluster, ahead)
         result = score_test(plan.sweep.store, view.folder, frozen, job.name)
         winner = plan.frozen[group.key].task.id
         key = f"sweeps/{job.name}/final/{group.key}/{winner}/{seed}.json"
@@ -125,6 +130,7 @@ def _train(
     task: Task,
     listeners: Sequence[Listener],
     on_cluster: bool,
+    ahead: Ahead | None = None,
 ) -> FinalView:
     """Train one final run to its end, or replay it where it is finished."""
     folder = RunFolder(sweep.store.storage, task)
@@ -132,21 +138,31 @@ def _train(
     view = FinalView(group, frozen, task, folder, stored)
     for listener in listeners:
         listener.final_started(view)
-    state = folder.load_state()
     resources = sweep.job.resources.model_copy(update={"workers": sweep.job.test.workers})
     try:
-        finished = state is not None and state.finished
-        epochs = (
-            state.history
-            if state is not None and finished
-            else drive(sweep.store, task, resources, on_cluster)
-        )
-        for epoch in epochs:
+        for epoch in _epochs(sweep, folder, resources, on_cluster, ahead):
             for listener in listeners:
                 listener.final_epoch_ended(view, epoch)
     except TrainingFailed as error:
         raise UserError(f"stage {task.stage} of {group.key}, seed {task.seed}: {error}") from error
     return view
+
+
+def _epochs(
+    sweep: Sweep, folder: RunFolder, need: Resources, on_cluster: bool, ahead: Ahead | None
+) -> Iterator[Epoch]:
+    """Yield every epoch of a final run once: followed, read back, or trained here."""
+    seen = 0
+    for epoch in ahead.follow(folder) if ahead else ():
+        seen += 1
+        yield epoch
+    state = folder.load_state()
+    if state is not None and state.finished:
+        yield from state.history[seen:]
+        return
+    for epoch in drive(sweep.store, folder.task, need, on_cluster):
+        if epoch.epoch >= seen:
+            yield epoch
 
 
 def final_record(view: FinalView, winner: str, result: Result) -> dict[str, object]:

@@ -23,6 +23,7 @@ from avzero.data.benchmark import BenchmarkInfo
 from avzero.errors import UserError
 from avzero.models._registry import extra_folders, make_config, model_class
 from avzero.spec import TRAIN_FIELDS, Job, Strict, Task, TrainConfig, load_yaml, validate
+from avzero.train.data import require_features
 
 Choice = str | bool | int | float
 
@@ -76,11 +77,17 @@ class SpaceFile(Strict):
 class Group:
     """One benchmark and one system of a job: what varies, what is fixed, where to start."""
 
-    def __init__(self, job: Job, benchmark: BenchmarkInfo, model: str) -> None:
+    def __init__(
+        self, job: Job, benchmark: BenchmarkInfo, model: str, text: str | None = None
+    ) -> None:
         self.job = job
         self.benchmark = benchmark
         self.model = model
-        self.key = f"{benchmark.name}--{model}"
+        self.protocol = job.protocol.model_copy(update={"text": text or job.protocol.text})
+        own_text = self.protocol.text != job.protocol.text
+        self.title = f"{benchmark.name}+{text}" if own_text else benchmark.name
+        self.key = f"{self.title}--{model}"
+        require_features(model, benchmark)
         own = set(model_class(model).Config.model_fields)
         file = load_space(model)
         fixed = dict(job.train) | dict(job.fixed.get(model, {}))
@@ -104,10 +111,10 @@ class Group:
 
     def _start_points(self) -> list[dict[str, Any]]:
         """Return the configurations to try first: the published point, then the job's own."""
-        model_defaults = model_class(self.model).Config.model_validate({}).model_dump()
+        preset, where = self.job.protocol.preset, f"job {self.job.name}: start point"
+        model_defaults = make_config(self.model, {}, preset, where).model_dump()
         defaults = TrainConfig().model_dump() | model_defaults | self._base
         first = {name: defaults[name] for name in self.distributions}
-        where = f"job {self.job.name}: start point"
         points = [first]
         for number, point in enumerate(self.job.search.points, start=1):
             for name in point:
@@ -153,7 +160,7 @@ class Group:
             model=self.model,
             config=config.model_dump(mode="json"),
             train=validate(TrainConfig, train, where),
-            protocol=self.job.protocol,
+            protocol=self.protocol,
             seed=self.job.seed,
         )
 
@@ -167,9 +174,13 @@ def _job_ranges(job: Job) -> dict[str, Range]:
 
 
 def _published(file: SpaceFile, benchmark: BenchmarkInfo) -> Point | None:
-    """Return the published point for a benchmark's dataset and feature set, if there is one."""
+    """Return the published point for a benchmark's dataset and feature set, if there is one.
+
+    Papers name the backbones only (``cls``), whether averaged or, for temporal systems, not.
+    """
+    names = (benchmark.feature_set, benchmark.feature_set.removesuffix("_temporal"))
     for point in file.published:
-        if (point.dataset, point.features) == (benchmark.dataset, benchmark.feature_set):
+        if point.dataset == benchmark.dataset and point.features in names:
             return point
     return None
 

@@ -15,13 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 
 from avzero.canon import canonical
 from avzero.data.benchmark import BenchmarkInfo
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
+from avzero.models._registry import model_class
 from avzero.spec import Job, Resources
+from avzero.train.data import StageData
 from avzero.tune.desk import METRIC, StudyScheduler, StudySearcher, TrialDesk
 from avzero.tune.listener import Listener, TrialView
 from avzero.tune.runner import TrialRunner
@@ -43,7 +46,11 @@ class Sweep:
         self._claim_key = f"sweeps/{job.name}/job.json"
         earlier = self._earlier_claim()
         infos = {name: self._info(name, earlier) for name in job.benchmarks}
-        self.groups = [Group(job, info, model) for info in infos.values() for model in job.models]
+        self.groups = [
+            Group(job, info, model, job.text_of(name)[1])
+            for name, info in infos.items()
+            for model in job.models
+        ]
         self._check_groups()
         self._claim = {
             "settings": job.frozen_part(),
@@ -71,15 +78,17 @@ class Sweep:
     def _info(self, reference: str, earlier: dict[str, Any]) -> BenchmarkInfo:
         """Return a benchmark; a sweep stays with the version its earlier trials used."""
         digest = earlier.get("benchmarks", {}).get(reference)
-        return self.store.info(
-            reference if digest is None else f"{reference.partition('@')[0]}@{digest}"
-        )
+        name = self.job.text_of(reference)[0]
+        return self.store.info(name if digest is None else f"{name.partition('@')[0]}@{digest}")
 
     def _check_groups(self) -> None:
         """Refuse two names for one benchmark: their trials could not be told apart."""
         seen: dict[str, str] = {}
         for group in self.groups:
-            for mark in (group.key, f"{group.benchmark.digest} {group.model}"):
+            for mark in (
+                group.key,
+                f"{group.benchmark.digest} {group.protocol.text} {group.model}",
+            ):
                 if mark in seen:
                     raise UserError(
                         f"job {self.job.name}: benchmarks lists {group.benchmark.name} twice, "
@@ -134,12 +143,21 @@ class Sweep:
         if not self.remaining:
             return self._run_missing()
         check_placement(self.job, self.job.resources)
+        self._check_features()
         with self.journal.exclusive():
             self.studies = self._open_studies()
             for study in self.studies.values():
                 study.begin()
             self.store.storage.write(self._claim_key, canonical(self._claim).encode())
             return self._run_missing()
+
+    def _check_features(self) -> None:
+        """Refuse features a system cannot use before anything starts (``StageData`` says why)."""
+        for group in self.groups:
+            if model_class(group.model).needs_nonnegative:
+                benchmark = self.store.open(group.benchmark.digest)
+                for point in group.start_points:
+                    StageData(benchmark, group.task(point), torch.device("cpu"))
 
     def _run_missing(self) -> bool:
         done = self.done()

@@ -1,0 +1,109 @@
+"""A class file of the temporal or CLIP release: a pickled dict (data_formats.md section 2.6).
+
+``features`` is a list of n arrays, (T, d) in the temporal release, (d,) in the CLIP release;
+``video_names`` a list of bytes, which may be longer than ``features``: a writer skipped unreadable
+clips and kept their names. An array without values stands for a clip without features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from avzero.data.safe_pickle import load_class_pickle
+from avzero.data.sequences import Features, Sequences, starts_of
+from avzero.errors import UserError
+
+PICKLE = ".pkl"
+
+
+def read_class_pickle(path: Path) -> tuple[list[str], Features]:
+    """Return the video names and the rows: [n, d], or sequences.
+
+    A clip without features is a row of NaN, or a sequence without steps; what becomes of it is
+    decided where NaN rows are.
+
+    Raises:
+        UserError: damaged, or not such a dict; names the file and the row.
+    """
+    value = load_class_pickle(path)
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path}: holds {type(value).__name__}, not a dict with features and video_names"
+        )
+    names = [_name(path, i, n) for i, n in enumerate(_list(path, value, "video_names"))]
+    arrays = [_array(path, i, a) for i, a in enumerate(_list(path, value, "features"))]
+    if len(names) < len(arrays):
+        raise UserError(
+            f"{path}: {len(arrays)} features but only {len(names)} video_names; "
+            "the file is incomplete, get it again"
+        )
+    return names, _rows(path, arrays)
+
+
+def _list(path: Path, value: dict[Any, Any], key: str) -> Sequence[Any]:
+    """Return a list of the dict."""
+    entry = value.get(key)
+    if isinstance(entry, list | tuple) or (isinstance(entry, np.ndarray) and entry.ndim):
+        return entry  # type: ignore[return-value]
+    have = ", ".join(sorted(str(k) for k in value)) or "nothing"
+    raise UserError(
+        f"{path}: no list {key!r}; it holds {have}. Is this a class file of the release?"
+    )
+
+
+def _name(path: Path, row: int, name: Any) -> str:
+    """Return a video name as text; the releases store bytes."""
+    if isinstance(name, bytes):
+        try:
+            return name.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: video_names row {row}: not UTF-8 ({name!r})") from error
+    if not isinstance(name, str):
+        raise UserError(f"{path}: video_names row {row}: {type(name).__name__}, expected a name")
+    return str(name)
+
+
+def _array(path: Path, row: int, value: Any) -> npt.NDArray[Any]:
+    """Return a row's array: numbers, (d,) or (T, d), or of any shape without values."""
+    if not isinstance(value, np.ndarray):
+        raise UserError(f"{path}: features row {row}: {type(value).__name__}, expected an array")
+    if value.dtype.kind not in "fiu" or (value.size and value.ndim not in (1, 2)):
+        raise UserError(
+            f"{path}: features row {row}: shape {value.shape} and type {value.dtype}; expected "
+            "numbers, (d,) or (steps, d)"
+        )
+    return value
+
+
+def _rows(path: Path, arrays: list[npt.NDArray[Any]]) -> Features:
+    """Join a file's arrays; they must agree in kind and width."""
+    full = [(row, array) for row, array in enumerate(arrays) if array.size]
+    if not full:
+        return Sequences(np.empty((0, 0), np.float32), np.zeros(len(arrays) + 1, np.int64))
+    first, width = full[0][1].ndim, full[0][1].shape[-1]
+    for row, array in full:
+        if array.ndim != first:
+            raise UserError(
+                f"{path}: features row {row}: shape {array.shape} where row {full[0][0]} has "
+                f"{full[0][1].shape}; a file holds vectors or sequences, not both"
+            )
+        if array.shape[-1] != width:
+            raise UserError(
+                f"{path}: features row {row}: {array.shape[-1]} columns where row {full[0][0]} "
+                f"has {width}; a feature set has one width"
+            )
+    # Values past the float32 range become infinite here and are reported as such later.
+    with np.errstate(over="ignore"):
+        if first == 2:
+            lengths = np.array([len(a) if a.size else 0 for a in arrays])
+            values = np.concatenate([a.astype(np.float32, copy=False) for _, a in full])
+            return Sequences(values, starts_of(lengths))
+        out = np.full((len(arrays), width), np.nan, dtype=np.float32)
+        for row, array in full:
+            out[row] = array
+    return out

@@ -1,0 +1,171 @@
+"""Parts of the systems that synthesise features: critics, a conditional encoder, a classifier.
+
+Specs: fvaegan_d2.md and avfs.md. A pass of an adversarial system updates whatever its loss
+reaches, so networks of the other side are used ``fixed``: with weights cut off from gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LEAK = 0.2
+
+
+def dense(layer: nn.Linear, x: Tensor, fixed: bool = False) -> Tensor:
+    """Return the layer's output; ``fixed``: gradients pass to ``x``, not to the weights."""
+    if fixed:
+        return F.linear(x, layer.weight.detach(), layer.bias.detach())
+    out: Tensor = layer(x)
+    return out
+
+
+def leaky(x: Tensor) -> Tensor:
+    """Return LeakyReLU with slope 0.2."""
+    return F.leaky_relu(x, _LEAK)
+
+
+def draw_small(network: nn.Module) -> None:
+    """Draw all linear layers' weights from N(0, 0.02) and set their biases to zero."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+            nn.init.zeros_(layer.bias)
+
+
+def criticise(first: nn.Linear, second: nn.Linear, x: Tensor, fixed: bool = False) -> Tensor:
+    """Return a two-layer critic's scores [B] of rows [B, d]."""
+    return dense(second, leaky(dense(first, x, fixed)), fixed).squeeze(-1)
+
+
+def gradient_penalty(
+    first: nn.Linear, second: nn.Linear, rows: Tensor, condition: Tensor | None = None
+) -> Tensor:
+    """Return the mean of (||gradient of the critic with respect to ``rows``|| - 1)^2.
+
+    The gradient is written out: (slopes * second weight) @ first weight, where the slopes are 1
+    or 0.2. The slopes are piecewise constant, so differentiating this with respect to the weights
+    is exactly what double backward gives, for one matrix product instead of a second graph.
+
+    Args:
+        first: Linear(d [+ c], h).
+        second: Linear(h, 1).
+        rows: [B, d], where the gradient is taken.
+        condition: [B, c] appended to the rows; no gradient with respect to it is counted.
+    """
+    x = rows if condition is None else torch.cat([rows, condition], dim=-1)
+    slopes = torch.where(first(x).detach() > 0, 1.0, _LEAK).to(rows.dtype)
+    gradient = (slopes * second.weight) @ first.weight[:, : rows.shape[-1]]
+    penalty: Tensor = (torch.linalg.vector_norm(gradient, dim=-1) - 1).square().mean()
+    return penalty
+
+
+class Encoder(nn.Module):
+    """Mean and log-variance of a latent code given a feature row and its class text."""
+
+    def __init__(self, width: int, hidden: int, latent: int) -> None:
+        super().__init__()
+        self.MLP = nn.ModuleDict({"L0": nn.Linear(width, hidden)})
+        self.linear_means = nn.Linear(hidden, latent)
+        self.linear_log_var = nn.Linear(hidden, latent)
+
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance, [B, latent] each."""
+        hidden = F.relu(self.MLP["L0"](torch.cat([x, text], dim=-1)))
+        return self.linear_means(hidden), self.linear_log_var(hidden)
+
+
+def divergence(mean: Tensor, log_var: Tensor) -> Tensor:
+    """Return KL(N(mean, exp(log_var)) || N(0, 1)) per row [B], summed over latent dimensions."""
+    return -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(-1)
+
+
+def contrastive(z: Tensor, label: Tensor, tau: Tensor) -> Tensor:
+    """Return the supervised contrastive loss of unit rows [n, p] (avfs.md section 2).
+
+    -mean_i mean_{j in Pos(i)} log softmax_{k != i}(z_i . z_k / tau)_j over the rows that have
+    another one of their class; 0 where none has.
+    """
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / tau).masked_fill(itself, -torch.inf)
+    positive = (label[:, None] == label) & ~itself
+    count = positive.sum(1)
+    log_share = torch.where(positive, logits - logits.logsumexp(1, keepdim=True), 0.0)
+    per_row = -log_share.sum(1) / count.clamp_min(1)
+    return per_row.sum() / (count > 0).sum().clamp_min(1)
+
+
+class Table:
+    """Rows [n, d] with labels, filled in place: these tables can take most of the memory.
+
+    Args:
+        rows: how many there will be.
+        width: d.
+        like: gives precision and device.
+    """
+
+    def __init__(self, rows: int, width: int, like: Tensor) -> None:
+        self.x = like.new_empty(rows, width)
+        self.label = torch.empty(rows, dtype=torch.int64, device=like.device)
+        self.filled = 0
+
+    def add(self, rows: Tensor, label: Tensor | int) -> None:
+        """Append rows [b, d] and their labels [b], or one label for all."""
+        place = slice(self.filled, self.filled + len(rows))
+        self.x[place], self.label[place] = rows, label
+        self.filled += len(rows)
+
+
+@torch.enable_grad()
+def fit_softmax(
+    table: Table,
+    classes: int,
+    epochs: int,
+    batch: int,
+    lr: float,
+    generator: torch.Generator,
+    balanced: bool = False,
+) -> Tensor:
+    """Train a linear softmax classifier; return weights and biases [classes, d + 1].
+
+    Weights start at N(0, 0.02), biases at zero; Adam with betas 0.5 and 0.999. It runs inside
+    evaluation, hence without the caller's ``no_grad``.
+
+    Args:
+        table: rows to train on.
+        classes: number of outputs.
+        epochs: passes over the table.
+        batch: rows per step; the last step of an epoch takes what is left.
+        lr: learning rate.
+        generator: of the CPU, so that every device draws alike.
+        balanced: draw every row from a uniformly drawn class (with repetition) instead of
+            shuffling the rows once.
+    """
+    x, label = table.x, table.label
+    weights = 0.02 * torch.randn(classes, x.shape[1], generator=generator, dtype=x.dtype)
+    weight = weights.to(x.device).requires_grad_()
+    bias = x.new_zeros(classes).requires_grad_()
+    optimizer = torch.optim.Adam([weight, bias], lr=lr, betas=(0.5, 0.999))
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    by_class = label.argsort(stable=True)
+    count = torch.bincount(label, minlength=classes)
+    for _ in range(epochs):
+        if balanced:
+            # Classes without rows cannot be drawn.
+            of = torch.multinomial((count > 0).double().cpu(), len(x), True, generator=generator)
+            at = torch.rand(len(x), generator=generator, dtype=torch.float64).to(x.device)
+            drawn = of.to(x.device)
+            order = by_class[(count.cumsum(0) - count)[drawn] + (at * count[drawn]).long()]
+        for start in range(0, len(x), batch):
+            take = order[start : start + batch]
+            optimizer.zero_grad()
+            loss = F.cross_entropy(F.linear(x[take], weight, bias), label[take])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return torch.cat([weight, bias[:, None]], dim=1).detach()
+
+
+def with_one(x: Tensor) -> Tensor:
+    """Return rows [n, d + 1] with a one at the end, which meets a classifier's bias."""
+    return torch.cat([x, x.new_ones(len(x), 1)], dim=1)

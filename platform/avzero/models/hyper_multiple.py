@@ -1,0 +1,243 @@
+"""Hyper-alignment, Hyper-single, Hyper-multiple: audio-visual alignment on the Poincaré ball.
+
+Hong, Hayder, Han, Fang, Harandi, Petersson; ICCV 2023; https://arxiv.org/abs/2308.12558
+
+Built from specs/models/hyper_multiple.md: AVCA plus a loss that aligns the two modalities' B x B
+similarities after a map to the ball and back. Options: ``framework`` (curvature fixed, learnt per
+sample, several per sample, or no alignment), ``similarity`` (neither released one is faithful:
+``norm_product`` of 2023 ignores directions, ``cosine`` of today's release ignores the curvature,
+``geodesic`` is ours and sees both), ``dead_passes`` (the release's unused passes and its extra
+train-mode pass after every step; they only move BatchNorm statistics), ``train_pos_emb`` (P-10).
+
+geoopt is not used. The maps are two closed formulas, without an exponential map. On the ball's
+inside ours equal geoopt's to 1e-6 (tests/test_hyper_multiple.py, where geoopt is installed), but
+its float32 boundary is 0.996 / sqrt(c) where the released numbers were made with 0.999, and its
+formulas branch on tensor values, so that configurations could not be stacked (design rule 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
+from avzero.models._layers import MLP, Transformer
+from avzero.models._losses import mse, triplets
+from avzero.models._reference import load_strictly
+from avzero.spec import NonNegative, Positive, Probability
+
+HIDDEN = 512
+WIDTH = 300
+OUT = 64
+_EDGE = 0.999
+_FLOOR = 1e-5
+
+
+class HyperConfig(ModelConfig):
+    """Hyperparameters of the hyperbolic systems, named as in hyper_multiple.md section 7."""
+
+    framework: Literal["alignment", "single", "multiple", "baseline"] = "multiple"
+    curvature: Positive = 0.3
+    num_curvature: int = Field(3, ge=1)
+    align_weight: NonNegative = 1e-3
+    similarity: Literal["norm_product", "cosine", "geodesic"] = "norm_product"
+    r_enc: Probability = 0.2
+    r_proj: Probability = 0.3
+    r_dec: Probability = 0.5
+    bn_momentum: float = Field(0.1, gt=0, le=1)
+    f1: NonNegative = 1.0
+    f2: NonNegative = 1.0
+    train_pos_emb: bool = False
+    dead_passes: bool = False
+
+
+class HyperMultiple(Model):
+    """AVCA's network; ``fusenet1`` gives every sample its curvatures in training."""
+
+    card: ClassVar[Card] = Card(
+        title="Hyper-multiple",
+        authors="Hong, Hayder, Han, Fang, Harandi, Petersson",
+        year=2023,
+        venue="ICCV",
+        link="https://arxiv.org/abs/2308.12558",
+        options=(
+            "framework alignment|single|multiple|baseline",
+            "similarity norm_product|cosine|geodesic",
+            "train_pos_emb (P-10)",
+            "dead_passes (P-11)",
+        ),
+    )
+    Config: ClassVar[type[ModelConfig]] = HyperConfig
+    compat: ClassVar[Mapping[str, object]] = {"train_pos_emb": False, "dead_passes": True}
+
+    curvature: Tensor
+    align_weight: Tensor
+    f1: Tensor
+    f2: Tensor
+    margin: Tensor
+
+    def __init__(self, config: HyperConfig, shapes: Shapes) -> None:
+        super().__init__(config, shapes)
+        c, text = config, shapes.text
+        audio, video = shapes.features["audio"], shapes.features["video"]
+        self.pos_emb1D = nn.Parameter(torch.randn(2, WIDTH))
+        self.A_enc = MLP(audio, HIDDEN, WIDTH, c.r_enc, c.bn_momentum)
+        self.V_enc = MLP(video, HIDDEN, WIDTH, c.r_enc, c.bn_momentum)
+        self.cross_attention = Transformer(WIDTH, 1, 3, 100, 64, c.r_enc)
+        self.W_proj = MLP(text, 0, OUT, c.r_dec)
+        self.D = MLP(OUT, 0, text, c.r_dec)
+        self.A_proj = MLP(WIDTH, HIDDEN, OUT, c.r_proj, c.bn_momentum)
+        self.V_proj = MLP(WIDTH, HIDDEN, OUT, c.r_proj, c.bn_momentum)
+        self.A_rec = MLP(OUT, 0, WIDTH, c.r_dec)
+        self.V_rec = MLP(OUT, 0, WIDTH, c.r_dec)
+        if c.framework in ("single", "multiple"):
+            count = c.num_curvature if c.framework == "multiple" else 1
+            self.fusenet1 = nn.Linear(2 * WIDTH, count)
+        self.framework, self.similarity = c.framework, c.similarity
+        self.train_pos_emb, self.dead_passes = c.train_pos_emb, c.dead_passes
+        scalar(self, "margin", 1.0)
+        for name in ("curvature", "align_weight", "f1", "f2"):
+            scalar(self, name, getattr(c, name))
+
+    def _branches(
+        self, features: Mapping[str, Tensor], context: Context | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return phi [..., 2, 300] of (audio, video), and theta_a, theta_v [..., 64]."""
+        phi_a = self.A_enc(features["audio"], context)
+        phi_v = self.V_enc(features["video"], context)
+        phi = torch.stack([phi_a, phi_v], dim=-2)
+        fused_a, fused_v = (phi + self.cross_attention(phi + self.pos_emb1D, context)).unbind(-2)
+        return phi, self.A_proj(fused_a, context), self.V_proj(fused_v, context)
+
+    def _alignment(self, phi: Tensor) -> Tensor:
+        """Return l_align of encoded samples [B, G, 2, 300], all rows of the global batch.
+
+        The mean over curvatures, summed over the members (anchors; negatives).
+        """
+        if self.framework == "alignment":
+            c = self.curvature.expand(*phi.shape[:2], 1)
+        else:
+            c = self.curvature * torch.sigmoid(self.fusenet1(phi.flip(-2).flatten(-2)))
+        # [B, G, 2, 300] and [B, G, N] to [G, N, 2, B, ...]: rows are compared within the rest.
+        points = phi.movedim(0, 2)[:, None]
+        curvatures = c.movedim(0, 2)[:, :, None, :, None]
+        sims = similarities(points, curvatures, self.similarity)
+        return (sims[:, :, 0] - sims[:, :, 1]).square().mean((-1, -2)).mean(1).sum()
+
+    def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """Return the terms of hyper_multiple.md section 3 (weights applied)."""
+        phi, theta_a, theta_v = self._branches(batch.features, context)
+        theta_w = self.W_proj(batch.text, context)
+        (a, a_), (v, v_), (w, w_) = (x.unbind(1) for x in (theta_a, theta_v, theta_w))
+        rec_a, rec_v = self.A_rec(a, context), self.V_rec(v, context)
+        # Decoder groups in the released order; the decoded negative text is dead code there.
+        decoded = [w, w_, a, a_, v, v_] if self.dead_passes else [w, a, a_, v, v_]
+        rho = self.D(torch.stack(decoded, dim=1), context).unbind(1)
+        rho_w, (rho_a, rho_a_, rho_v, rho_v_) = rho[0], rho[-4:]
+        if self.dead_passes:
+            with torch.no_grad():
+                self.A_proj(rec_a.detach(), context.salted(1))
+                self.V_proj(rec_v.detach(), context.salted(1))
+        # (anchor, positive, negative): l_w, then the additional triplets of f1 and of f2.
+        joint = triplets(
+            torch.stack([w, a, w, v, a, v, w, w], dim=1),
+            torch.stack([a, w, v, w, w, w, a, v], dim=1),
+            torch.stack([a_, w_, v_, w_, a_, v_, w_, w_], dim=1),
+            self.margin,
+        )
+        cross = triplets(
+            torch.stack([rho_w, rho_w], dim=1),
+            torch.stack([rho_v, rho_a], dim=1),
+            torch.stack([rho_v_, rho_a_], dim=1),
+            self.margin,
+        )
+        text, (p_a, p_v) = batch.text[:, 0], phi[:, 0].unbind(1)
+        terms = {
+            "rec": mse(text, rho_v) + mse(text, rho_a) + mse(text, rho_w),
+            "ct": cross.sum(),
+            "w": joint[:4].sum(),
+            "t": self.f1 * joint[4:6].sum() + self.f2 * joint[6:].sum(),
+            "r": mse(rec_v, p_v) + mse(rec_a, p_a) + mse(v, w) + mse(a, w),
+        }
+        if self.framework != "baseline":
+            terms["align"] = self._alignment(context.gather(phi)) * self.align_weight
+        return terms
+
+    def settle(self, batch: Batch, context: Context) -> None:
+        """With dead passes: one more train-mode pass of the anchors, as the release makes."""
+        if self.dead_passes:
+            again = context.salted(2)
+            self._branches({m: x[:, 0] for m, x in batch.features.items()}, again)
+            self.W_proj(batch.text[:, 0], again)
+
+    def frozen(self) -> frozenset[str]:
+        """Return the positional embedding where it is left at its random start (P-10)."""
+        return frozenset() if self.train_pos_emb else frozenset({"pos_emb1D"})
+
+    def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return theta_a and theta_v, [n, 64] each and non-negative, as ``audio``, ``video``."""
+        _, theta_a, theta_v = self._branches(features, None)
+        return {"audio": theta_a, "video": theta_v}
+
+    def embed_classes(self, text: Tensor) -> Tensor:
+        """Return theta_w [C, 64]."""
+        out: Tensor = self.W_proj(text)
+        return out
+
+    def distances(
+        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
+    ) -> dict[str, Tensor]:
+        """Return Euclidean distances of the video branch, the one result the system reports."""
+        distance = torch.cdist(samples["video"], classes)
+        return {"both": distance.square() if squared else distance}
+
+    def load_reference(self, state: Mapping[str, Tensor]) -> None:
+        """Take a released checkpoint (hyper_multiple.md section 6)."""
+        load_strictly(self, self.card.title, state)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Return the norms [..., 1] of rows [..., d], floored where a quotient needs it."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.clamp_min(_FLOOR)
+
+
+def project(x: Tensor, c: Tensor) -> Tensor:
+    """Return points [..., d] pulled back to norm 0.999 / sqrt(c) where they lie beyond."""
+    norm = _norm(x)
+    return x * (_EDGE / (c.sqrt() * norm)).clamp_max(1)
+
+
+def log0(y: Tensor, c: Tensor) -> Tensor:
+    """Return the logarithmic map at the origin of points [..., d] on the ball of curvature c."""
+    scaled = c.sqrt() * _norm(y)
+    return torch.atanh(scaled.clamp_max(1 - _FLOOR)) / scaled * y
+
+
+def similarities(x: Tensor, c: Tensor, kind: str) -> Tensor:
+    """Return Sim [..., B, B] of rows x [..., B, d] with curvatures c [..., B, 1] (section 3).
+
+    ``geodesic`` is minus the distance on the ball. Rows of different curvature lie on different
+    balls: each is scaled to the unit ball, and the distance divided by the fourth root of the
+    product of both curvatures, which for equal ones is the distance on their ball.
+    """
+    if kind == "geodesic":
+        unit = c.sqrt() * project(x, c)
+        square = unit.square().sum(-1, keepdim=True)
+        one = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+        apart = square + square.mT - 2 * unit @ unit.mT
+        # A row is at distance 0 from itself, where the square root has no gradient.
+        apart = (apart + one).clamp_min(1e-12).sqrt() * (1 - one)
+        inside = (1 - square).sqrt()
+        scale = c.pow(0.25)
+        return -2 * torch.asinh(apart / (inside @ inside.mT)) / (scale @ scale.mT)
+    h = log0(project(x, c), c)
+    rows = F.normalize(h, dim=-1)
+    if kind == "norm_product":
+        rows = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    return rows @ rows.mT
