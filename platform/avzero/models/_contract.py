@@ -154,13 +154,17 @@ class Model(nn.Module, ABC):
     def embed_classes(self, text: Tensor) -> Tensor:
         """Return class embeddings [C, o] of class text vectors [C, t], in eval mode."""
 
-    @abstractmethod
+    # Hooks: what most systems leave as it is.
+
     def distances(
         self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
     ) -> dict[str, Tensor]:
-        """Return distances {name: [n, C]}; ``both`` is the headline, others are modalities."""
+        """Return distances {name: [n, C]}; ``both`` is the headline, others are modalities.
 
-    # Hooks: what most systems leave as it is.
+        By default Euclidean, between the embedding ``both`` and the classes.
+        """
+        distance = torch.cdist(samples["both"], classes)
+        return {"both": distance.square() if squared else distance}
 
     def passes(self, step: int) -> tuple[str, ...]:
         """Return the optimiser passes of a step (counted within its epoch): one, unnamed.

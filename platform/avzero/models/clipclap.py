@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -124,13 +123,6 @@ class ClipClap(Model):
     def embed_classes(self, text: Tensor) -> Tensor:
         """Return theta_w [C, d_out]."""
         return self._words(text)[1]
-
-    def distances(
-        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
-    ) -> dict[str, Tensor]:
-        """Return Euclidean distances of theta_o to theta_w."""
-        distance = torch.cdist(samples["both"], classes)
-        return {"both": distance.square() if squared else distance}
 
     def load_reference(self, state: Mapping[str, Tensor]) -> None:
         """Take a released checkpoint (clipclap.md section 7)."""

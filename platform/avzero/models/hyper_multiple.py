@@ -25,15 +25,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
-from avzero.models._layers import MLP, Transformer
-from avzero.models._losses import mse, triplets
-from avzero.models._reference import load_strictly
+from avzero.models._contract import Batch, Card, Context, ModelConfig, Shapes, scalar
+from avzero.models._two_branch import WIDTH, Sizes, TwoBranch
 from avzero.spec import NonNegative, Positive, Probability
 
-HIDDEN = 512
-WIDTH = 300
-OUT = 64
 _EDGE = 0.999
 _FLOOR = 1e-5
 
@@ -56,7 +51,7 @@ class HyperConfig(ModelConfig):
     dead_passes: bool = False
 
 
-class HyperMultiple(Model):
+class HyperMultiple(TwoBranch):
     """AVCA's network; ``fusenet1`` gives every sample its curvatures in training."""
 
     card: ClassVar[Card] = Card(
@@ -79,40 +74,18 @@ class HyperMultiple(Model):
     align_weight: Tensor
     f1: Tensor
     f2: Tensor
-    margin: Tensor
 
     def __init__(self, config: HyperConfig, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        c, text = config, shapes.text
-        audio, video = shapes.features["audio"], shapes.features["video"]
-        self.pos_emb1D = nn.Parameter(torch.randn(2, WIDTH))
-        self.A_enc = MLP(audio, HIDDEN, WIDTH, c.r_enc, c.bn_momentum)
-        self.V_enc = MLP(video, HIDDEN, WIDTH, c.r_enc, c.bn_momentum)
-        self.cross_attention = Transformer(WIDTH, 1, 3, 100, 64, c.r_enc)
-        self.W_proj = MLP(text, 0, OUT, c.r_dec)
-        self.D = MLP(OUT, 0, text, c.r_dec)
-        self.A_proj = MLP(WIDTH, HIDDEN, OUT, c.r_proj, c.bn_momentum)
-        self.V_proj = MLP(WIDTH, HIDDEN, OUT, c.r_proj, c.bn_momentum)
-        self.A_rec = MLP(OUT, 0, WIDTH, c.r_dec)
-        self.V_rec = MLP(OUT, 0, WIDTH, c.r_dec)
+        c = config
+        self.build(shapes, Sizes(c.r_enc, c.r_proj, c.r_dec, c.bn_momentum), 1.0)
         if c.framework in ("single", "multiple"):
             count = c.num_curvature if c.framework == "multiple" else 1
             self.fusenet1 = nn.Linear(2 * WIDTH, count)
         self.framework, self.similarity = c.framework, c.similarity
-        self.train_pos_emb, self.dead_passes = c.train_pos_emb, c.dead_passes
-        scalar(self, "margin", 1.0)
+        self.train_pos_emb, self.legacy_updates = c.train_pos_emb, c.dead_passes
         for name in ("curvature", "align_weight", "f1", "f2"):
             scalar(self, name, getattr(c, name))
-
-    def _branches(
-        self, features: Mapping[str, Tensor], context: Context | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return phi [..., 2, 300] of (audio, video), and theta_a, theta_v [..., 64]."""
-        phi_a = self.A_enc(features["audio"], context)
-        phi_v = self.V_enc(features["video"], context)
-        phi = torch.stack([phi_a, phi_v], dim=-2)
-        fused_a, fused_v = (phi + self.cross_attention(phi + self.pos_emb1D, context)).unbind(-2)
-        return phi, self.A_proj(fused_a, context), self.V_proj(fused_v, context)
 
     def _alignment(self, phi: Tensor) -> Tensor:
         """Return l_align of encoded samples [B, G, 2, 300], all rows of the global batch.
@@ -131,74 +104,17 @@ class HyperMultiple(Model):
 
     def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Return the terms of hyper_multiple.md section 3 (weights applied)."""
-        phi, theta_a, theta_v = self._branches(batch.features, context)
-        theta_w = self.W_proj(batch.text, context)
-        (a, a_), (v, v_), (w, w_) = (x.unbind(1) for x in (theta_a, theta_v, theta_w))
-        rec_a, rec_v = self.A_rec(a, context), self.V_rec(v, context)
-        # Decoder groups in the released order; the decoded negative text is dead code there.
-        decoded = [w, w_, a, a_, v, v_] if self.dead_passes else [w, a, a_, v, v_]
-        rho = self.D(torch.stack(decoded, dim=1), context).unbind(1)
-        rho_w, (rho_a, rho_a_, rho_v, rho_v_) = rho[0], rho[-4:]
-        if self.dead_passes:
-            with torch.no_grad():
-                self.A_proj(rec_a.detach(), context.salted(1))
-                self.V_proj(rec_v.detach(), context.salted(1))
-        # (anchor, positive, negative): l_w, then the additional triplets of f1 and of f2.
-        joint = triplets(
-            torch.stack([w, a, w, v, a, v, w, w], dim=1),
-            torch.stack([a, w, v, w, w, w, a, v], dim=1),
-            torch.stack([a_, w_, v_, w_, a_, v_, w_, w_], dim=1),
-            self.margin,
-        )
-        cross = triplets(
-            torch.stack([rho_w, rho_w], dim=1),
-            torch.stack([rho_v, rho_a], dim=1),
-            torch.stack([rho_v_, rho_a_], dim=1),
-            self.margin,
-        )
-        text, (p_a, p_v) = batch.text[:, 0], phi[:, 0].unbind(1)
+        t, phi = self.terms(batch, context)
         terms = {
-            "rec": mse(text, rho_v) + mse(text, rho_a) + mse(text, rho_w),
-            "ct": cross.sum(),
-            "w": joint[:4].sum(),
-            "t": self.f1 * joint[4:6].sum() + self.f2 * joint[6:].sum(),
-            "r": mse(rec_v, p_v) + mse(rec_a, p_a) + mse(v, w) + mse(a, w),
+            "rec": t["rec_v"] + t["rec_a"] + t["rec_w"],
+            "ct": t["ct_a"] + t["ct_v"],
+            "w": t["t_wa_a"] + t["t_wv_v"] + t["t_aw_w"] + t["t_vw_w"],
+            "t": self.f1 * (t["add1_a"] + t["add1_v"]) + self.f2 * (t["add2_a"] + t["add2_v"]),
+            "r": t["reg_phi_v"] + t["reg_phi_a"] + t["reg_theta_v"] + t["reg_theta_a"],
         }
         if self.framework != "baseline":
             terms["align"] = self._alignment(context.gather(phi)) * self.align_weight
         return terms
-
-    def settle(self, batch: Batch, context: Context) -> None:
-        """With dead passes: one more train-mode pass of the anchors, as the release makes."""
-        if self.dead_passes:
-            again = context.salted(2)
-            self._branches({m: x[:, 0] for m, x in batch.features.items()}, again)
-            self.W_proj(batch.text[:, 0], again)
-
-    def frozen(self) -> frozenset[str]:
-        """Return the positional embedding where it is left at its random start (P-10)."""
-        return frozenset() if self.train_pos_emb else frozenset({"pos_emb1D"})
-
-    def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return theta_a and theta_v, [n, 64] each and non-negative, as ``audio``, ``video``."""
-        _, theta_a, theta_v = self._branches(features, None)
-        return {"audio": theta_a, "video": theta_v}
-
-    def embed_classes(self, text: Tensor) -> Tensor:
-        """Return theta_w [C, 64]."""
-        out: Tensor = self.W_proj(text)
-        return out
-
-    def distances(
-        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
-    ) -> dict[str, Tensor]:
-        """Return Euclidean distances of the video branch, the one result the system reports."""
-        distance = torch.cdist(samples["video"], classes)
-        return {"both": distance.square() if squared else distance}
-
-    def load_reference(self, state: Mapping[str, Tensor]) -> None:
-        """Take a released checkpoint (hyper_multiple.md section 6)."""
-        load_strictly(self, self.card.title, state)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -146,13 +146,6 @@ class KDA(Model):
         """Return the prototypes [C, t]: the class text itself, of unit length if asked for."""
         return F.normalize(text, dim=-1) if self.normalise_prototypes else text
 
-    def distances(
-        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
-    ) -> dict[str, Tensor]:
-        """Return Euclidean distances of rho to the prototypes; one head serves all modalities."""
-        distance = torch.cdist(samples["both"], classes)
-        return {"both": distance.square() if squared else distance}
-
     def load_reference(self, state: Mapping[str, Tensor]) -> None:
         """Take a released checkpoint (kda.md section 7), less its text tower and unused nets."""
         unused = ["clip.", "av2com.", "t2com."]

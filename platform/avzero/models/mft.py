@@ -167,13 +167,6 @@ class MFT(Model):
         """Return theta_w [C, 64]."""
         return self._words(text)[1]
 
-    def distances(
-        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
-    ) -> dict[str, Tensor]:
-        """Return Euclidean distances of theta_o to theta_w."""
-        distance = torch.cdist(samples["both"], classes)
-        return {"both": distance.square() if squared else distance}
-
 
 def kl(predicted: Tensor, target: Tensor) -> Tensor:
     """Return KL(softmax(target) || softmax(predicted)) of rows [B, d], averaged over rows."""

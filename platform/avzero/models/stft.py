@@ -241,10 +241,3 @@ class STFT(Model):
         """Return theta_w [C, 64]."""
         out: Tensor = self.W_proj(text)
         return out
-
-    def distances(
-        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
-    ) -> dict[str, Tensor]:
-        """Return Euclidean distances of the head that is tested."""
-        distance = torch.cdist(samples["both"], classes)
-        return {"both": distance.square() if squared else distance}

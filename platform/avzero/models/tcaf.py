@@ -207,10 +207,3 @@ class TCAF(Model):
         """Return theta_w [C, 64]."""
         out: Tensor = self.W_proj(text)
         return out
-
-    def distances(
-        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
-    ) -> dict[str, Tensor]:
-        """Return Euclidean distances of the joint embedding, the system's one result."""
-        distance = torch.cdist(samples["both"], classes)
-        return {"both": distance.square() if squared else distance}

@@ -1,0 +1,136 @@
+"""AVCA's network, which the hyperbolic systems train with one more loss.
+
+Two encoders, a transformer over the (audio, video) pair of tokens, projections into one space with
+the class text, decoders back. ``TwoBranch`` is abstract and its subclasses are final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from avzero.models._contract import Batch, Context, Model, Shapes, scalar
+from avzero.models._layers import MLP, Transformer
+from avzero.models._losses import mse, triplets
+from avzero.models._reference import load_strictly
+
+WIDTH = 300
+"""Width of the encoders' output; equals the word vectors', which the decoder reconstructs."""
+OUT = 64
+
+
+class Sizes(NamedTuple):
+    """What can be chosen of the network (avca.md section 1)."""
+
+    r_enc: float
+    r_proj: float
+    r_add: float
+    bn_momentum: float
+    encoder_hidden: int = 512
+    proj_hidden: int = 512
+    depth: int = 1
+    heads: int = 3
+    head_width: int = 100
+
+
+class TwoBranch(Model):
+    """The network, its seventeen loss terms, and what the released training loop does besides."""
+
+    margin: Tensor
+    train_pos_emb: bool
+    legacy_updates: bool
+
+    def build(self, shapes: Shapes, sizes: Sizes, margin: float) -> None:
+        """Make the modules, named as in released checkpoints."""
+        s, text = sizes, shapes.text
+        audio, video = shapes.features["audio"], shapes.features["video"]
+        self.pos_emb1D = nn.Parameter(torch.randn(2, WIDTH))
+        self.A_enc = MLP(audio, s.encoder_hidden, WIDTH, s.r_enc, s.bn_momentum)
+        self.V_enc = MLP(video, s.encoder_hidden, WIDTH, s.r_enc, s.bn_momentum)
+        self.cross_attention = Transformer(WIDTH, s.depth, s.heads, s.head_width, 64, s.r_enc)
+        self.W_proj = MLP(text, 0, OUT, s.r_add)
+        self.D = MLP(OUT, 0, text, s.r_add)
+        self.A_proj = MLP(WIDTH, s.proj_hidden, OUT, s.r_proj, s.bn_momentum)
+        self.V_proj = MLP(WIDTH, s.proj_hidden, OUT, s.r_proj, s.bn_momentum)
+        self.A_rec = MLP(OUT, 0, WIDTH, s.r_add)
+        self.V_rec = MLP(OUT, 0, WIDTH, s.r_add)
+        scalar(self, "margin", margin)
+
+    def branches(
+        self, features: Mapping[str, Tensor], context: Context | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return phi [..., 2, 300] of (audio, video), and theta_a, theta_v [..., 64]."""
+        phi_a = self.A_enc(features["audio"], context)
+        phi_v = self.V_enc(features["video"], context)
+        phi = torch.stack([phi_a, phi_v], dim=-2)
+        fused_a, fused_v = (phi + self.cross_attention(phi + self.pos_emb1D, context)).unbind(-2)
+        return phi, self.A_proj(fused_a, context), self.V_proj(fused_v, context)
+
+    def terms(self, batch: Batch, context: Context) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the terms of avca.md section 3, unweighted, and phi [B, 2, 2, 300]."""
+        phi, theta_a, theta_v = self.branches(batch.features, context)
+        theta_w = self.W_proj(batch.text, context)
+        (a, a_), (v, v_), (w, w_) = (x.unbind(1) for x in (theta_a, theta_v, theta_w))
+        # Decoder groups in the released order; the decoded negative text is dead code there.
+        decoded = [w, w_, a, a_, v, v_] if self.legacy_updates else [w, a, a_, v, v_]
+        rho = self.D(torch.stack(decoded, dim=1), context).unbind(1)
+        rho_w, (rho_a, rho_a_, rho_v, rho_v_) = rho[0], rho[-4:]
+        rec_a, rec_v = self.A_rec(a, context), self.V_rec(v, context)
+        if self.legacy_updates:
+            with torch.no_grad():
+                self.V_proj(rec_v.detach(), context.salted(1))
+                self.A_proj(rec_a.detach(), context.salted(1))
+        # (anchor, positive, negative) of l_w and l_t, then of l_ct.
+        joint = triplets(
+            torch.stack([w, w, a, v, a, v, w, w], dim=1),
+            torch.stack([a, v, w, w, w, w, a, v], dim=1),
+            torch.stack([a_, v_, w_, w_, a_, v_, w_, w_], dim=1),
+            self.margin,
+        )
+        cross = triplets(
+            torch.stack([rho_w, rho_w], dim=1),
+            torch.stack([rho_a, rho_v], dim=1),
+            torch.stack([rho_a_, rho_v_], dim=1),
+            self.margin,
+        )
+        names = ("t_wa_a", "t_wv_v", "t_aw_w", "t_vw_w", "add1_a", "add1_v", "add2_a", "add2_v")
+        text, (p_a, p_v) = batch.text[:, 0], phi[:, 0].unbind(1)
+        return dict(zip(names, joint.unbind(), strict=True)) | {
+            "ct_a": cross[0],
+            "ct_v": cross[1],
+            "rec_v": mse(text, rho_v),
+            "rec_a": mse(text, rho_a),
+            "rec_w": mse(text, rho_w),
+            "reg_phi_v": mse(rec_v, p_v),
+            "reg_phi_a": mse(rec_a, p_a),
+            "reg_theta_v": mse(v, w),
+            "reg_theta_a": mse(a, w),
+        }, phi
+
+    def settle(self, batch: Batch, context: Context) -> None:
+        """With legacy updates: one more train-mode pass of the anchors (avca.md section 5)."""
+        if self.legacy_updates:
+            again = context.salted(2)
+            self.branches({m: x[:, 0] for m, x in batch.features.items()}, again)
+            self.W_proj(batch.text[:, 0], again)
+
+    def frozen(self) -> frozenset[str]:
+        """Return the positional embedding where it is left at its random start (P-10)."""
+        return frozenset() if self.train_pos_emb else frozenset({"pos_emb1D"})
+
+    def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return theta_a and theta_v, [n, 64] each; ``both`` is theta_v: only it is compared."""
+        _, theta_a, theta_v = self.branches(features, None)
+        return {"audio": theta_a, "video": theta_v, "both": theta_v}
+
+    def embed_classes(self, text: Tensor) -> Tensor:
+        """Return theta_w [C, 64]."""
+        out: Tensor = self.W_proj(text)
+        return out
+
+    def load_reference(self, state: Mapping[str, Tensor]) -> None:
+        """Take a published checkpoint; its names are ours."""
+        load_strictly(self, self.card.title, state)
