@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
-from avzero.protocol.counter import dropout_mask, fold, mix64, mix64_int, site_keys, uniform_below
+from avzero.protocol.counter import (
+    dropout_mask,
+    fold,
+    mix64,
+    mix64_int,
+    normal_floats,
+    site_keys,
+    uniform_below,
+    uniform_floats,
+    unit_interval,
+)
 
 CPU = torch.device("cpu")
 
@@ -86,3 +97,52 @@ def test_masks_can_be_stacked() -> None:
     )
     stacked = torch.vmap(lambda k, p: dropout_mask(k, shape, p, 0, 64))(keys, rates)
     torch.testing.assert_close(stacked, alone, rtol=0, atol=0)
+
+
+def _draws(count: int = 1 << 20, step: int = 0, site: int = 0) -> torch.Tensor:
+    key = site_keys(fold(17, step), 1, site + 1, torch.device("cpu"))[0, site]
+    return uniform_floats(key, torch.Size([count]), 0, count)
+
+
+def test_uniform_floats_are_uniform() -> None:
+    """Kolmogorov-Smirnov distance, moments and ends over a million draws."""
+    x = _draws().sort().values.double()
+    expected = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
+    assert (x - expected).abs().max() < 2 / len(x) ** 0.5
+    assert x.mean() == pytest.approx(0.5, abs=2e-3) and x.var() == pytest.approx(1 / 12, rel=1e-2)
+    assert 0 < x.min() < 1e-4 and 1 - 1e-4 < x.max() < 1
+
+
+def test_normal_floats_are_normal_and_finite() -> None:
+    key = site_keys(5, 1, 1, torch.device("cpu"))[0, 0]
+    x = normal_floats(key, torch.Size([1 << 20]), 0, 1 << 20).double()
+    assert torch.isfinite(x).all()
+    assert x.mean() == pytest.approx(0, abs=5e-3) and x.std() == pytest.approx(1, rel=5e-3)
+    assert (x > 0).double().mean() == pytest.approx(0.5, abs=2e-3)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    sample, rank = x.sort().values, (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
+    assert (normal.cdf(sample) - rank).abs().max() < 2 / len(x) ** 0.5
+
+
+def test_extreme_bits_stay_inside() -> None:
+    ends = unit_interval(torch.tensor([0, -1, 2**31 - 1, -(2**31)], dtype=torch.int32))
+    assert (ends > 0).all() and (ends < 1).all()
+    assert torch.isfinite(torch.erfinv(2 * ends - 1)).all()
+
+
+def test_uniform_draws_of_sites_and_steps_are_unrelated_and_shared_by_workers() -> None:
+    base = _draws(1 << 16)
+    for other in (_draws(1 << 16, step=1), _draws(1 << 16, site=1)):
+        correlation = torch.corrcoef(torch.stack([base, other]))[0, 1]
+        assert abs(correlation) < 0.02
+    assert abs(torch.corrcoef(torch.stack([base[1:], base[:-1]]))[0, 1]) < 0.02
+    key = site_keys(fold(17, 0), 1, 1, torch.device("cpu"))[0, 0]
+    halves = [uniform_floats(key, torch.Size([1 << 15]), i << 15, 1 << 16) for i in range(2)]
+    assert torch.equal(torch.cat(halves), base)
+
+
+def test_uniform_floats_under_vmap() -> None:
+    keys = site_keys(3, 4, 1, torch.device("cpu"))[:, 0]
+    stacked = torch.vmap(lambda key: uniform_floats(key, torch.Size([8, 5]), 0, 40))(keys)
+    alone = torch.stack([uniform_floats(key, torch.Size([8, 5]), 0, 40) for key in keys])
+    assert torch.equal(stacked, alone)

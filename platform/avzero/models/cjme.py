@@ -116,7 +116,7 @@ class CJME(Model):
         t = self._project(3, batch.text, context)[:, 0]
         gate = self._gate({m: x[:, 0] for m, x in batch.features.items()}, context)
         with torch.no_grad():
-            table = self._project(3, batch.class_text, context.alone())
+            table = self._project(3, batch.class_text, context.alone().salted(1))
         target = self.gate_target(a, v, table)
         t_a, t_v = (hinge(t, near, far, self.margin) for near, far in ((a, a_), (v, v_)))
         return {

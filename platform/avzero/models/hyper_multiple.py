@@ -95,7 +95,8 @@ class HyperMultiple(TwoBranch):
         if self.framework == "alignment":
             c = self.curvature.expand(*phi.shape[:2], 1)
         else:
-            c = self.curvature * torch.sigmoid(self.fusenet1(phi.flip(-2).flatten(-2)))
+            share = torch.sigmoid(self.fusenet1(phi.flip(-2).flatten(-2)))
+            c = self.curvature * share.clamp_min(1e-6)  # at 0 there is no ball
         # [B, G, 2, 300] and [B, G, N] to [G, N, 2, B, ...]: rows are compared within the rest.
         points = phi.movedim(0, 2)[:, None]
         curvatures = c.movedim(0, 2)[:, :, None, :, None]

@@ -120,18 +120,26 @@ def dropout_mask(
 def uniform_floats(key: Tensor, shape: torch.Size, first: int, total: int) -> Tensor:
     """Return float32 values of ``shape``, uniform over the open interval 0 … 1.
 
-    The arguments are those of ``dropout_mask``; resolution 2^-24.
+    The arguments are those of ``dropout_mask``; resolution 2^-23, so that both ends stay out.
     """
     count = shape.numel()
     x = _lattice(total, key.device)[first : first + count].view(shape) + key[0]
-    for shift in (15, 13):  # two rounds: unlike a mask, all upper 24 bits are used
-        x ^= x >> shift
-        x *= key[1] | 1
-    x ^= x >> 16
-    return (((x >> 8) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    for shift in (15, 13):  # two rounds: unlike a mask, all upper 23 bits are used
+        x = (x ^ _shifted(x, shift)) * (key[1] | 1)
+    return unit_interval(x ^ _shifted(x, 16))
+
+
+def unit_interval(bits: Tensor) -> Tensor:
+    """Return int32 bits as float32 values strictly between 0 and 1."""
+    return (_shifted(bits, 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """Return int32 bits shifted right, zeros coming in (the framework's shift keeps the sign)."""
+    return (x >> by) & ((1 << (32 - by)) - 1)
 
 
 def normal_floats(key: Tensor, shape: torch.Size, first: int, total: int) -> Tensor:
-    """Return float32 values of ``shape`` from the standard normal distribution."""
+    """Return float32 values of ``shape`` from the standard normal distribution (within 5.3)."""
     uniform = uniform_floats(key, shape, first, total)
     return torch.erfinv(2 * uniform - 1) * 2**0.5

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avzero.data.benchmark import Benchmark, BenchmarkInfo
+from avzero.data.benchmark import MODALITIES, Benchmark, BenchmarkInfo
 from avzero.errors import UserError
 from avzero.models._contract import Batch, Model, Shapes
 from avzero.models._registry import model_class
@@ -234,12 +234,11 @@ def nearest(
 
         def score(scaling: Scaling, missing: str = "") -> None:
             for features, target in data.chunks(scaling):
-                squared = protocol.distance == "squared_l2"
                 z = model.embed(features)
-                distances = model.distances(z, table, squared)
+                whole = model.distances(z, table, protocol.distance == "squared_l2")
                 if keep is not None and not missing:
-                    keep.add(z, {name: d[:, :n] for name, d in distances.items()}, target)
-                for name, d in distances.items():
+                    keep.add(z, {name: d[:, :n] for name, d in whole.items()}, target)
+                for name, d in _of_present(whole, scaling.absent).items():
                     if missing and name != BOTH:
                         continue
                     facts = Nearest.of(
@@ -253,15 +252,30 @@ def nearest(
                     blocks.setdefault(missing or name, []).append(facts)
 
         score(stage.scaling)
-        if withhold and not stage.scaling.absent:
-            for modality in data.features:
+        for modality in data.features if withhold and not stage.scaling.absent else ():
+            try:
                 score(stage.scaling.without(modality), MISSING + modality)
+            except FloatingPointError:
+                # It says something of the system without that modality, and nothing of the run.
+                blocks.pop(MISSING + modality, None)
         embedded = model.embed_classes(text)
         gaps = torch.cdist(embedded[n_seen:], embedded[:n_seen]).amin(dim=1)
         scale = float(gaps.median())
     finally:
         model.train(was_training)
     return {name: Nearest.concatenate(parts) for name, parts in blocks.items()}, scale
+
+
+def _of_present(distances: dict[str, Tensor], absent: frozenset[str]) -> dict[str, Tensor]:
+    """Return the distances that mean something where a modality is absent.
+
+    A system with a distance per modality is then judged by the one it has: a sum with, or a gate
+    towards, the embedding of zeros would not be what "audio only" means.
+    """
+    present = [m for m in MODALITIES if m in distances and m not in absent]
+    if not absent or not present:
+        return distances
+    return {present[0]: distances[present[0]], BOTH: distances[present[0]]}
 
 
 def require_features(model: str, info: BenchmarkInfo) -> None:

@@ -103,7 +103,7 @@ def score_test(store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: st
     rows = evaluation_set(test, STAGE_2, data.class_text, _CPU, data.window)
     gallery = Gallery()
     facts, _ = nearest(model, data, rows, task.protocol, withhold=True, keep=gallery)
-    scores = {modality: facts[modality].at(beta) for modality, beta in betas.items()}
+    scores = {m: facts[m].at(beta) for m, beta in betas.items() if m in facts}
     extra = _source_disjoint(benchmark, test, facts[BOTH], betas[BOTH])
     extra |= gallery.scores(rows.seen_ids, rows.unseen_ids, data.scaling.absent)
     result = _result(folder, state, model, facts, scores, frozen.calibration, frozen.digest, extra)

@@ -91,7 +91,10 @@ class Group:
         own = set(model_class(model).Config.model_fields)
         file = load_space(model)
         fixed = dict(job.train) | dict(job.fixed.get(model, {}))
-        ranges = file.space | _job_ranges(job)
+        # What a preset decides is not searched, or trials would leave the preset; a job may ask.
+        decided = model_class(model).compat.keys()
+        own_ranges = {k: v for k, v in file.space.items() if k not in decided}
+        ranges = own_ranges | _job_ranges(job)
         known = TRAIN_FIELDS | own
         for name in (*ranges, *fixed, *(k for point in job.search.points for k in point)):
             if name not in known:
