@@ -11,9 +11,10 @@ from torch import Tensor
 
 from avzero.errors import UserError
 from avzero.models._contract import Batch, Context, Model, Shapes
+from avzero.models._losses import hinge
 from avzero.models._ranking import violations
 from avzero.models._registry import make_config, model_class
-from avzero.models.cjme import CJME, CJMEConfig, hinge
+from avzero.models.cjme import CJME, CJMEConfig
 from avzero.spec import Preset
 from tests import parity
 

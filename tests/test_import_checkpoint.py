@@ -18,6 +18,7 @@ from torch import Tensor
 from avzero import cli
 from avzero.data.avca import read_avca
 from avzero.data.store import FeatureStore
+from avzero.errors import UserError
 from avzero.models._contract import Model
 from avzero.models._registry import build, make_config
 from avzero.spec import Preset, Protocol, Task, TextAlignment
@@ -335,3 +336,138 @@ def test_wrong_options_are_one_line(
 def test_settings_are_read_as_yaml() -> None:
     got = parse_settings(["a=1", "b=0.5", "c=true", "d=3x100", "e="])
     assert got == {"a": 1, "b": 0.5, "c": True, "d": "3x100", "e": None}
+
+
+ODD_TENSORS: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "sparse": (lambda: torch.eye(32).to_sparse(), "a sparse_coo tensor"),
+    "csr": (lambda: torch.eye(32).to_sparse_csr(), "a sparse_csr tensor"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.zeros(2)]), "a nested tensor"),
+    "float8": (lambda: torch.zeros(32).to(torch.float8_e4m3fn), "of type float8_e4m3fn"),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.zeros(32), 0.1, 0, torch.quint8),
+        "of type quint8",
+    ),
+    "complex": (lambda: torch.zeros(32, dtype=torch.complex64), "of type complex64"),
+    "meta": (lambda: torch.zeros(32, device="meta"), "a tensor on meta, without values"),
+    "huge": (
+        lambda: torch.zeros(1).expand(2**42),
+        "[4398046511104], more than the 4 bytes stored for it",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("odd", list(ODD_TENSORS))
+def test_odd_tensors_are_refused_by_name(
+    avzero: Run, place: Path, tmp_path: Path, odd: str
+) -> None:
+    make, message = ODD_TENSORS[odd]
+    state = fresh(FeatureStore(str(place / "store"))).state_dict()
+    torch.save(dict(state) | {"D.fc.0.bias": make()}, tmp_path / "x.pt")
+    code, out, err = avzero(
+        *("import-checkpoint", tmp_path / "x.pt", "--model", "avca", "--benchmark", "tiny"),
+        *("--store", place / "store", *SETTINGS),
+    )
+    assert code == 2 and err.startswith("avzero: ") and err.count("\n") == 1 and out == ""
+    assert f"x.pt: D.fc.0.bias is {message}" in err
+
+
+@pytest.mark.parametrize("kind", ["int8", "int64", "bool"])
+def test_weights_must_be_floating_point(
+    avzero: Run, place: Path, tmp_path: Path, kind: str
+) -> None:
+    state = dict(fresh(FeatureStore(str(place / "store"))).state_dict())
+    state["D.fc.0.bias"] = state["D.fc.0.bias"].to(getattr(torch, kind))
+    torch.save(released(state), tmp_path / "x.pt")
+    code, out, err = avzero(
+        *("import-checkpoint", tmp_path / "x.pt", "--model", "avca", "--benchmark", "tiny"),
+        *("--store", place / "store", *SETTINGS),
+    )
+    assert code == 2 and err.count("\n") == 1 and out == ""
+    assert f"D.fc.0.bias is {kind}, expected float32" in err
+
+
+def test_complex_weights_do_not_load_even_past_the_reader(place: Path) -> None:
+    model = fresh(FeatureStore(str(place / "store")))
+    state = {k: v.to(torch.complex64) for k, v in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"is complex64, expected float32.* more of another shape"):
+        model.load_reference(state)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lr=2001-13-45", "not valid YAML ('2001-13-45' is no timestamp)"),
+        ("lr=2001-12-13", "lr: input should be a valid number"),
+        ("lr=" + "[" * 3000, "not valid YAML (nested too deeply)"),
+        ("lr=!!bool x", "not valid YAML ('x' is no bool)"),
+        ("lr=" + "1" * 5000, "1' is no int)"),
+        ('lr="\\U00110000"', "not valid YAML (cannot be parsed)"),
+        ("heads={a: 1, a: 2}", "not valid YAML (key 'a' is written twice)"),
+    ],
+)
+def test_settings_that_yaml_stumbles_over(
+    avzero: Run, place: Path, trained: dict[str, Any], setting: str, message: str
+) -> None:
+    code, out, err = avzero(
+        *("import-checkpoint", trained["stage2"], "--model", "avca", "--benchmark", "tiny"),
+        *("--store", place / "store", "--set", setting),
+    )
+    assert code == 2 and message in err and out == ""
+    assert err.startswith("avzero: ") and err.count("\n") == 1 and len(err) < 400
+
+
+def test_settings_read_numbers_as_jobs_do_and_come_once() -> None:
+    assert parse_settings(["lr=1e-3", "k1=2E-5"]) == {"lr": 1e-3, "k1": 2e-5}
+    with pytest.raises(UserError, match="--set lr=2: lr is given twice"):
+        parse_settings(["lr=1", "lr=2"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("score", "chosen by score,"),
+        ("\x1b[2Jx", r"chosen by '\x1b[2Jx',"),
+        ("score\nTEST  both HM 99.9", r"chosen by 'score\nTEST  both HM 99.9',"),
+        ("\u202e", r"chosen by '\u202e',"),
+        ("\ud800", r"chosen by '\ud800',"),
+        ("x" * 5000, f"chosen by '{'x' * 60}',"),
+    ],
+)
+def test_text_of_the_file_is_shown_harmlessly(
+    place: Path, trained: dict[str, Any], tmp_path: Path, metric: str, expected: str
+) -> None:
+    state = read_checkpoint(trained["stage2"]).state
+    torch.save({"model": dict(state), "epoch": 10**600, "metric": metric}, tmp_path / "x.pt")
+    store = FeatureStore(str(place / "store"))
+    run = Import(store, tmp_path / "x.pt", "avca", "tiny", values=dict(SMALL_AVCA))
+    line = run.checkpoint.line()
+    assert expected in line and line.isprintable() and "epoch not stated" in line
+    run.val()  # the record beside the weights takes it as well
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"\x1b[2Jname": 1}, r"it has '\x1b[2Jname'"),
+        ({10**600: 1}, "it has int"),
+        ({"\x1b[2Jname": torch.zeros(2)}, r"'\x1b[2Jname' is no name of a weight"),
+        ({"model": {"a\nb": torch.zeros(2)}}, r"'a\nb' is no name of a weight"),
+        ({"x" * 5000: torch.zeros(2)}, "is no name of a weight"),
+    ],
+)
+def test_names_in_the_file_are_shown_harmlessly(
+    tmp_path: Path, content: dict[Any, Any], message: str
+) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(tmp_path / "x.pt")
+    assert message in str(caught.value) and str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_what_a_pickle_asks_for_is_shown_harmlessly(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"\x80\x02cos\n\x1b[2Jsystem\n.")
+    with pytest.raises(UserError, match="without running code from it") as caught:
+        read_checkpoint(tmp_path / "x.pt")
+    assert str(caught.value).isprintable()

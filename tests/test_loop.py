@@ -247,3 +247,19 @@ def test_killed_at_random_moments_equals_undisturbed(
     left = [k for k in store.storage.keys(folder.prefix + "/") if k.endswith(".safetensors")]
     # Files of an attempt killed between its write and its state may stay; the state names one.
     assert f"{folder.prefix}/{state.files['best']}" in left
+
+
+def test_looking_at_val_every_other_epoch(benchmark: Benchmark, store: FeatureStore) -> None:
+    task = make_task(benchmark, seed=2201, train={"epochs": 5, "evaluate_every": 2, "patience": 0})
+    folder = RunFolder(store.storage, task)
+    records = list(Trainer(task, benchmark, folder).epochs())
+    assert [bool(e.val) for e in records] == [False, True, False, True, True]
+    assert all(e.val for e in records if e.best)
+    state = folder.load_state()
+    assert state is not None and records[state.best_epoch].val
+    # The plateau rule is stepped by looks, not by epochs.
+    assert records[1].lr == records[0].lr
+    _, frozen = conclude_stage_1(folder, benchmark)
+    assert frozen.stage_2_task(1).train.epochs == state.best_epoch + 1
+    default = make_task(benchmark).model_dump(mode="json")["train"]
+    assert "evaluate_every" not in default, "the default must not change identities"

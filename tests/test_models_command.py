@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -118,3 +119,98 @@ def test_json(avzero: Run) -> None:
     assert avca == everything[SYSTEMS.index("avca")]
     assert avca["year"] == 2022 and avca["evidence"] == "code"
     assert avca["parameters"]["main"] == 1_693_108 and avca["published"][0]["dataset"] == "UCF"
+
+
+OWN = """
+from avzero.models.devise import {cls} as _Base, {config} as _Config
+from avzero.models._contract import Card
+
+
+class OwnConfig(_Config):
+    pass
+
+
+class Own(_Base):
+    card = Card("Own", "nobody", 2026, "this test", "https://example.org", ("averaged",))
+    Config = OwnConfig
+"""
+SPACE = "model: own\nspace: {lr: {log: [1.0e-3, 1.0e-1]}}\n"
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of AVZERO_PATH with a system that is listed without complaint."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "search_spaces").mkdir()
+    base = model_class("devise")
+    text = OWN.format(cls=base.__name__, config=base.Config.__name__)
+    if base.Config.__module__ != base.__module__:
+        text = text.replace(f", {base.Config.__name__} as _Config", "").replace(
+            "class OwnConfig",
+            f"from {base.Config.__module__} import "
+            f"{base.Config.__name__} as _Config\n\n\nclass OwnConfig",
+        )
+    (tmp_path / "models" / "own.py").write_text(text)
+    (tmp_path / "search_spaces" / "own.yaml").write_text(SPACE)
+    monkeypatch.setenv("AVZERO_PATH", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (SPACE.replace("{log: [1.0e-3, 1.0e-1]}", "{}"), "own: lr: give exactly one of uniform"),
+        (SPACE.replace("{log:", "{int: [1, 2], log:"), "own: lr: give exactly one of uniform"),
+        (SPACE.replace("1.0e-3", "1.0"), "search space of own: lr: "),
+        (SPACE.replace("lr:", "learning_rate:"), "own has no hyperparameter 'learning_rate'; it"),
+        (SPACE + "defaults: {rate: 1}\n", "own: unknown key 'rate'"),
+        (SPACE + "defaults: {lr: -1}\n", "search space of own: lr: input should be greater"),
+        (
+            SPACE + "published: [{dataset: UCF, features: cls, source: x, values: {rate: 1}}]\n",
+            "own has no hyperparameter 'rate'",
+        ),
+        (SPACE + "defaults: {lr: 2001-13-45}\n", "own.yaml:3: not valid YAML"),
+    ],
+)
+def test_a_bad_search_space_of_ones_own(avzero: Run, own: Path, space: str, message: str) -> None:
+    assert avzero("models")[0] == 0
+    (own / "search_spaces" / "own.yaml").write_text(space)
+    for arguments in (["models"], ["models", "own"], ["models", "--json"]):
+        code, out, err = avzero(*arguments)
+        assert code == 2 and message in err and err.startswith("avzero: ")
+        assert err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import torch\ndef f(:\n", "own.py:2: SyntaxError: invalid syntax"),
+        ("import torch\n\nimport absent_package\n", "own.py:3: ModuleNotFoundError: No module "),
+        ("def f():\n    return {}['x']\n\nf()\n", "own.py:2: KeyError: 'x'"),
+        ("import json\njson.loads('')\n", "own.py:2: JSONDecodeError: "),
+        ("import sys\nsys.exit(0)\n", "own.py:2: SystemExit: 0"),
+        ("x = 1\0\n", "own.py"),
+        (None, "own.py: "),
+    ],
+)
+def test_a_bad_file_of_ones_own(avzero: Run, own: Path, text: str | None, message: str) -> None:
+    path = own / "models" / "own.py"
+    path.unlink()
+    private = {name for name in sys.modules if name.startswith("_avzero_model_own_")}
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_text(text)
+    for arguments in (["models"], ["models", "own"]):
+        code, out, err = avzero(*arguments)
+        assert code == 2 and str(path) in err and message in err
+        assert err.startswith("avzero: ") and err.count("\n") == 1 and out == ""
+    assert {name for name in sys.modules if name.startswith("_avzero_model_own_")} == private
+
+
+def test_a_file_in_another_encoding_is_listed(avzero: Run, own: Path) -> None:
+    path = own / "models" / "own.py"
+    text = '# coding: latin-1\n"""Système à moi."""\n' + path.read_text()
+    path.write_bytes(text.encode("latin-1"))
+    code, out, _ = avzero("models", "own")
+    assert code == 0 and "Système à moi." in out

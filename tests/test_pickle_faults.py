@@ -69,6 +69,13 @@ def steps(releases: dict[str, Path], tmp_path: Path) -> Path:
         (lambda v: v["video_names"].__setitem__(1, b"\xff"), ["video_names row 1", "not UTF-8"]),
         (lambda v: v["video_names"].__setitem__(1, 7), ["video_names row 1", "int"]),
         (
+            lambda v: v["video_names"].__setitem__(1, "v_\ud800"),
+            ["video_names row 1", r"'v_\ud800'", "rename it"],
+        ),
+        (lambda v: v["video_names"].__setitem__(1, b"v\nw"), ["video_names row 1", r"'v\nw'"]),
+        (lambda v: v["video_names"].__setitem__(1, b"v\0"), ["video_names row 1", r"'v\x00'"]),
+        (lambda v: {"\ud800": 1, 10**5000: 2, "fps": 3}, ["no list 'video_names'", "holds fps."]),
+        (
             lambda v: v["video_names"].__setitem__(1, v["video_names"][0]),
             ["row 1", "occurs twice"],
         ),

@@ -129,17 +129,48 @@ def test_other_styles(
     assert sorted(raw.text) == sets[layout]
 
 
-def test_word_vectors_alone_keep_their_name(clips: Path) -> None:
+def test_clip_text_without_its_partner_is_refused(clips: Path) -> None:
+    """Named by its file it would be called word vectors, in a benchmark without two text sets."""
     text = clips / "features" / FOLDER / "text"
     (text / "wavcaps_word_embeddings_ucf_normed.npy").unlink()
-    assert list(read_avca(clips, FOLDER, "cls").text) == ["w2v"]
     path = text / "word_embeddings_ucf_normed.npy"
-    named = ReadOptions(text={"clip": path, "wavcaps": path})
-    assert sorted(read_avca(clips, FOLDER, "cls", options=named).text) == [
-        "clip",
-        "clipclap",
-        "wavcaps",
-    ]
+    missing = "wavcaps_word_embeddings_ucf_normed.npy is missing"
+    expect(clips, str(path), "512 wide", missing, f"--text clip={path}")
+    for names in (["clip"], ["w2v"], ["clip", "clipclap", "wavcaps"]):
+        named = ReadOptions(text={name: path for name in names if name != "clipclap"})
+        assert sorted(read_avca(clips, FOLDER, "cls", options=named).text) == names
+
+
+def test_word_vectors_beside_clip_features_keep_their_name(clips: Path) -> None:
+    text = clips / "features" / FOLDER / "text"
+    (text / "wavcaps_word_embeddings_ucf_normed.npy").unlink()
+    path = text / "word_embeddings_ucf_normed.npy"
+    vectors = {k: v[:300] for k, v in np.load(path, allow_pickle=True).item().items()}
+    np.save(path, np.array(vectors, dtype=object), allow_pickle=True)
+    assert list(read_avca(clips, FOLDER, "cls").text) == ["w2v"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_default_name_is_that_of_the_feature_set(
+    layout: str, releases: dict[str, Path], tmp_path: Path
+) -> None:
+    """The folder is called ``cls_features_non_averaged``, the benchmark is not."""
+    suffix = {"clipclap": "-clipclap-cls-sim", "temporal": "-cls_temporal-sim"}[layout]
+    fits = "t" * (63 - len(suffix))
+    for name in (fits, fits + "t", "t" * 60):
+        root = Path(shutil.copytree(releases[layout], tmp_path / name))
+        if name == fits:
+            assert read_avca(root, FOLDER, "cls").name == name + suffix
+        else:
+            expect(root, "benchmark name", "set it with --name")
+
+
+def test_a_name_that_cannot_fit_is_refused_before_reading(
+    releases: dict[str, Path], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(releases["temporal"], tmp_path / "not plain"))
+    class_file(root, AUDIO, Role.TRAIN).write_bytes(b"")
+    expect(root, "benchmark name 'not plain-cls_temporal-sim'", "set it with --name")
 
 
 def test_simulation_is_reproducible(releases: dict[str, Path], tmp_path: Path) -> None:
@@ -313,6 +344,8 @@ def test_rows_without_numbers(modality: str, how: Callable[[Any], Any], copy: Pa
     expect(copy, "1 rows hold NaN or infinity, or nothing", f", {modality})", "--nonfinite drop")
     dropped = read_avca(copy, FOLDER, "cls", options=ReadOptions(nonfinite="drop"))
     assert sum(dropped.counts().values()) == 422 and len(dropped.audit["nonfinite_rows"]) == 2
+    said = "dropped rows that hold NaN or infinity, or nothing:"
+    assert dropped.audit["notes"] == [f"{said} val_unseen 1", f"{said} test_seen 1"]
     zero = read_avca(copy, FOLDER, "cls", options=ReadOptions(nonfinite="zero"))
     assert sum(zero.counts().values()) == 424
     other = VIDEO if modality == AUDIO else AUDIO
@@ -339,6 +372,19 @@ def test_a_class_without_any_numbers(copy: Path) -> None:
     expect(copy, "8 rows hold NaN")
     raw = read_avca(copy, FOLDER, "cls", options=ReadOptions(nonfinite="drop"))
     assert raw.counts()["test_unseen"] == 48
+    count, warning = raw.audit["notes"][-2:]
+    assert count == "dropped rows that hold NaN or infinity, or nothing: test_unseen 8"
+    assert warning.startswith("warning: test_unseen: class ") and "lost all its 8 rows" in warning
+
+
+@pytest.mark.parametrize("role", Role)
+def test_dropping_may_not_empty_a_role(role: Role, copy: Path) -> None:
+    for path in class_file(copy, AUDIO, role).parent.glob("*.pkl"):
+        change(path, lambda v: v | {"features": [with_nan(a) for a in v["features"]]})
+    for modality in MODALITIES:
+        shutil.rmtree(copy / "features" / FOLDER / modality / STAGE_2_TRAIN)
+    dropping = ReadOptions(nonfinite="drop")
+    expect(copy, f"{role} rows hold NaN", "leaves no benchmark", options=dropping)
 
 
 def test_stage_2_copy_must_agree(copy: Path) -> None:

@@ -392,6 +392,35 @@ def test_benchmark_names_are_plain(release: Path) -> None:
             read_avca(release, "tiny", "main", name=name)
 
 
+@pytest.mark.parametrize("name", ["v_a\nb", "v_a\x1b[2J", "v_a\u2028b"])
+def test_names_that_cannot_be_printed(name: str, copy: Path) -> None:
+    path = class_file(copy, AUDIO, Role.TRAIN)
+    with h5py.File(path) as file:
+        names = [name.decode() for name in file["video_urls"][:]]
+    names[2] = name
+    rewrite(path, video_urls=names)
+    expect(copy, path.name, "video_urls row 2", "cannot be printed")
+
+
+@pytest.mark.parametrize("name", ["W2V", "a b", "../w2v", "", "w2v\n", "x" * 64])
+def test_names_of_text_sets_are_plain(name: str, copy: Path) -> None:
+    path = copy / "features" / "tiny_features" / "text" / "word_embeddings_ucf_normed.npy"
+    options = ReadOptions(text={name: path})
+    expect(copy, path.name, f"name {name!r}", "--text NAME=FILE", options=options)
+    assert list(read_avca(copy, "tiny", "main", options=ReadOptions(text={"w_2.v-x": path})).text)
+    shutil.move(path, path.with_name("My Words_embeddings.npy"))
+    expect(copy, "My Words_embeddings.npy", "name 'My Words'", "--text NAME=FILE")
+
+
+def test_dropping_may_not_empty_a_role(copy: Path) -> None:
+    for role in (Role.TEST_SEEN, Role.TEST_UNSEEN):
+        for path in class_file(copy, AUDIO, role).parent.glob("*.h5"):
+            with h5py.File(path, "a") as file:
+                file["data"][:] = np.nan
+    drop = ReadOptions(nonfinite="drop")
+    expect(copy, "all 64 test_seen rows", "leaves no benchmark", options=drop)
+
+
 def test_two_files_for_one_text_set(copy: Path) -> None:
     text = copy / "features" / "tiny_features" / "text"
     shutil.copy(text / "word_embeddings_ucf_normed.npy", text / "word_embeddings_ucf_old.npy")

@@ -177,9 +177,59 @@ def test_one_benchmark_with_two_text_sets(store: FeatureStore) -> None:
         ("tiny", "other"),
     ]
     info = store.info("tiny")
+    info = replace(info, text={**info.text, "other": info.text["w2v"]})
     plain, own = (Group(settings, info, "avca", text) for text in ("w2v", "other"))
     assert (plain.key, own.key) == ("tiny--avca", "tiny+other--avca")
     ids = {g.task(g.start_points[0]).id for g in (plain, own)}
     assert len(ids) == 2 and own.task(own.start_points[0]).protocol.text == "other"
     with pytest.raises(UserError, match="benchmarks lists tiny twice"):
         Sweep(job(benchmarks=["tiny", "tiny:w2v"]), store)
+    with pytest.raises(UserError, match="no text set 'nope'; it has w2v"):
+        Sweep(job(name="never", benchmarks=["tiny:nope"]), store)
+    assert not store.storage.keys("sweeps/never/")
+
+
+@pytest.mark.parametrize("entry", ["tiny:", ":w2v", "tiny@x:y", "a:b:c", ""])
+def test_malformed_benchmark_entries(entry: str) -> None:
+    with pytest.raises(ValueError, match="write name, name@digest, name:text"):
+        job(benchmarks=[entry])
+
+
+def test_what_a_system_cannot_do_is_refused_before_anything_starts(store: FeatureStore) -> None:
+    info = store.info("tiny")
+    for settings, message in (
+        ({"protocol": {"max_steps": 60}}, "max_steps: benchmark tiny has one vector per video"),
+        (
+            {"models": ["devise"], "fixed": {"devise": {"test_rule": "dot"}}}
+            | {"protocol": {"calibration": "scaled"}},
+            "devise compares logits or products",
+        ),
+        ({"models": ["clipclap"], "fixed": {"clipclap": {"word_embeddings": "clip"}}}, "clip"),
+    ):
+        whole = job(**settings)
+        with pytest.raises(UserError, match=message):
+            Group(whole, info, whole.models[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 2001-13-45\n", r":4: not valid YAML \('2001-13-45' is no timestamp\)"),
+        ("seed: 2001-12-13\n", "seed: input should be a valid integer"),
+        ("train: " + "[" * 3000 + "\n", r": not valid YAML \(nested too deeply\)"),
+        ("train: " + "{a: " * 3000 + "\n", r": not valid YAML \(nested too deeply\)"),
+        ("seed: " + "1" * 5000 + "\n", r":4: not valid YAML \('1+' is no int\)"),
+        ("train: !!map [a]\n", ":4: not valid YAML .expected a mapping node"),
+        ("seed: !!bool x\n", r":4: not valid YAML \('x' is no bool\)"),
+        ("seed: !!timestamp x\n", r":4: not valid YAML \('x' is no timestamp\)"),
+        ("seed: 2001-01-01 00:00:00 +99:99\n", ":4: not valid YAML"),
+        ('seed: "\\UFFFFFFFF"\n', "not valid YAML"),
+        ("? [a]\n: 1\n", "not valid YAML"),
+    ],
+)
+def test_values_that_yaml_stumbles_over(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(BASE + text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_job(path)
+    assert str(caught.value).startswith(str(path)) and len(str(caught.value)) < 400

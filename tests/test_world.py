@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from avzero.data.benchmark import Benchmark
 from avzero.data.store import FeatureStore
-from avzero.models._registry import model_files
+from avzero.models._registry import model_class, model_files
 from avzero.spec import Task
 from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
@@ -122,14 +122,18 @@ def test_every_system_on_two_workers(
     benchmark: Benchmark, store: FeatureStore, tmp_path: Path
 ) -> None:
     """One group of two processes trains all systems, with dropout: losses equal one worker's."""
+    train = {"epochs": 2, "batches_per_epoch": 2, "batch_size": 24, "precision": "float64"}
+    variants: list[tuple[str, dict[str, Any]]] = [(system, {}) for system in model_files()]
+    # What the released code does besides (settle, dead passes, outer products) as well.
+    variants += [(s, dict(model_class(s).compat)) for s in model_files() if model_class(s).compat]
+    variants += [
+        ("avfs", {"use_vae": True}),
+        ("hyper_multiple", {"framework": "alignment", "similarity": "geodesic"}),
+        ("mft", {"variant": "av_tokens", "cosine_on": "pairs"}),
+    ]
     tasks = [
-        make_task(
-            benchmark,
-            system,
-            seed=5101,
-            train={"epochs": 2, "batches_per_epoch": 2, "batch_size": 24, "precision": "float64"},
-        )
-        for system in model_files()
+        make_task(benchmark, system, seed=5101, train=dict(train), config=config)
+        for system, config in variants
     ]
     for task, (one, two, other) in zip(tasks, many(tasks, store, tmp_path), strict=True):
         assert two[0] == other[0], f"{task.model}: the workers disagree"

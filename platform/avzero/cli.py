@@ -333,10 +333,15 @@ def test_command(
     plan = freeze(run)
     on_cluster = address is not None
     listeners = _listeners(job, console)
-    needs_ray = plan.pending > 1 or (plan.pending and (on_cluster or job.test.workers > 1))
+    several = plan.pending > 1 and job.test.reseed != "pipeline"
+    needs_ray = plan.pending and (several or on_cluster or job.test.workers > 1)
     with ray_cluster(address) if needs_ray else nullcontext():
-        for _ in run_final(plan, listeners, on_cluster):
-            pass
+        try:
+            for _ in run_final(plan, listeners, on_cluster):
+                pass
+        except KeyboardInterrupt:
+            console.print("Interrupted. Run the same command again to go on.")
+            raise typer.Exit(130) from None
     console.print(render(leaderboard(run.store.storage, [job.name]), console.width))
 
 

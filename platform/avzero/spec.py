@@ -115,6 +115,8 @@ class Protocol(Strict):
     max_steps: Count | None = Field(None, exclude_if=lambda value: value is None)
     """Temporal features: at most this many video steps and the audio of the same seconds, from a
     random start in training, from the centre in evaluation. None: whole sequences."""
+    max_steps_eval: Count | None = Field(None, exclude_if=lambda value: value is None)
+    """The same in evaluation, where it differs (TCaF on ActivityNet: 60 and 300)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +138,9 @@ class TrainConfig(Strict):
     """Global batch: the sum over all workers."""
     epochs: Count = 50
     batches_per_epoch: Count = 500
+    evaluate_every: Count = Field(1, exclude_if=lambda value: value == 1)
+    """Epochs from one look at VAL to the next; the last epoch always has one. For systems whose
+    evaluation trains classifiers."""
     schedule: Literal["plateau", "constant"] = "plateau"
     patience: int = Field(3, ge=0)
     factor: float = Field(0.1, gt=0, lt=1)
@@ -241,6 +246,14 @@ class Job(Strict):
             raise ValueError("an entry is listed twice")
         return value
 
+    @field_validator("benchmarks")
+    @classmethod
+    def _whole_references(cls, value: list[str]) -> list[str]:
+        for entry in value:
+            if not re.fullmatch(r"[^@:]+(@[0-9a-f]+)?(:[^@:]+)?", entry):
+                raise ValueError(f"{entry!r}: write name, name@digest, name:text or both")
+        return value
+
     @field_validator("train")
     @classmethod
     def _known_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -301,21 +314,45 @@ def load_yaml(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    return read_yaml(text, str(path))
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Read YAML text with the safe loader; errors start ``where``, with the line if it has several.
+
+    Raises:
+        UserError: it is not YAML, repeats a key, or is nested too deeply.
+    """
     try:
         return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise UserError(f"{where}: not valid YAML (nested too deeply)") from error
+    except (yaml.YAMLError, ValueError, ArithmeticError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark is not None else ""
+        line = f":{mark.line + 1}" if mark is not None and "\n" in text else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise UserError(f"{path}{where}: not valid YAML ({problem})") from error
+        raise UserError(f"{where}{line}: not valid YAML ({problem})") from error
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key written twice instead of keeping the last."""
+    """A safe loader that refuses a key written twice instead of keeping the last.
+
+    Values its base class stumbles over, such as the date 2001-13-45, become YAML errors.
+    """
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{str(node.value)[:40]!r} is no {kind}", node.start_mark
+            ) from error
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
-        for key_node, _ in node.value:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []  # the base refuses others
+        for key_node, _ in pairs:
             key = self.construct_object(key_node, deep=deep)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from avzero.data.audit import make_audit
-from avzero.data.benchmark import AUDIO, VIDEO, Part, Progress, RawBenchmark, Role
+from avzero.data.benchmark import AUDIO, VIDEO, Part, Progress, RawBenchmark, Role, TextSet
 from avzero.data.class_lists import FOLDER_OF_ROLE, read_classes
 from avzero.data.class_pickles import PICKLE
 from avzero.data.official import OFFICIAL
@@ -32,7 +32,7 @@ from avzero.data.release import (
 )
 from avzero.data.row_checks import check_stage_2_train, handle_nonfinite
 from avzero.data.sequences import STEP_SECONDS, Sequences
-from avzero.data.text_sets import find_text_files, read_text_sets
+from avzero.data.text_sets import CLIPCLAP, check_clip_text, find_text_files, read_text_sets
 from avzero.errors import UserError
 from avzero.spec import PLAIN_NAME, PLAIN_NAME_RULE
 
@@ -63,37 +63,45 @@ def read_avca(
     """
     reading = _start(root.resolve(), features, split, options or ReadOptions(), progress)
     short_split = split.removesuffix("_split")
-    _require_plain(name or _default_name(reading, reading.feature_root.name, short_split))
-    split_root = reading.root / "class-split"
-    table = reading.table
-    parts = load_parts(reading, split_root / f"{short_split}_split")
+    _require_plain(*([name] if name else _possible_names(reading, short_split)))
+    parts = load_parts(reading, reading.root / "class-split" / f"{short_split}_split")
     # Counts are compared before rows are dropped: the option may not look like a bad download.
     lost = _check_official(reading, short_split, parts)
     temporal = _temporal(reading, parts)
     check_stage_2_train(reading, parts[0])
     vectors = not temporal and _pickled(reading)
-    open_part, test_part = (handle_nonfinite(reading, part) for part in parts)
-    text_files = dict(reading.options.text) or find_text_files(reading.feature_root, vectors)
-    text = read_text_sets(text_files, split_root, table)
-    for path in text_files.values():
-        reading.hash_source(path)
     base = _base_name(reading.feature_root.name)
-    feature_set = f"{base}_temporal" if temporal else "clipclap" if vectors else base
+    feature_set = f"{base}_temporal" if temporal else CLIPCLAP if vectors else base
+    name = name or _default_name(reading, feature_set, short_split)
+    _require_plain(name)
+    open_part, test_part = (handle_nonfinite(reading, part) for part in parts)
     seconds = STEP_SECONDS.get(base, {})
     raw = RawBenchmark(
-        name=name or _default_name(reading, feature_set, short_split),
+        name=name,
         dataset=reading.dataset,
         feature_set=feature_set,
         split=short_split,
         simulated=reading.simulated,
-        classes=table.classes,
-        text=text,
+        classes=reading.table.classes,
+        text=_read_text(reading, vectors),
         open=open_part,
         test=test_part,
         step_seconds={m: seconds.get(m, 1.0) for m in open_part.features} if temporal else {},
     )
     audit = make_audit(raw, reading.sources, reading.notes, reading.nonfinite, lost)
     return replace(raw, audit=audit)
+
+
+def _read_text(reading: Reading, vectors: bool) -> dict[str, TextSet]:
+    """Read and hash the text files given, or those found; ``vectors``: of CLIP and CLAP."""
+    given = dict(reading.options.text)
+    files = given or find_text_files(reading.feature_root, vectors)
+    text = read_text_sets(files, reading.root / "class-split", reading.table)
+    if vectors and not given:
+        check_clip_text(text, files)
+    for path in files.values():
+        reading.hash_source(path)
+    return text
 
 
 def _start(
@@ -124,10 +132,17 @@ def _default_name(reading: Reading, feature_set: str, split: str) -> str:
     return "-".join(parts + (["sim"] if reading.simulated else [])).lower()
 
 
-def _require_plain(name: str) -> None:
-    """Refuse, before anything is read, a name the store cannot take."""
-    if not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"benchmark name {name!r}: {PLAIN_NAME_RULE}; set it with --name")
+def _possible_names(reading: Reading, split: str) -> list[str]:
+    """Return the default names that are still possible before any feature file is read."""
+    base = _base_name(reading.feature_root.name)
+    sets = [f"{base}_temporal", CLIPCLAP] if _pickled(reading) else [base]
+    return [_default_name(reading, feature_set, split) for feature_set in sets]
+
+
+def _require_plain(*names: str) -> None:
+    """Refuse names of which the store can take none."""
+    if not any(PLAIN_NAME.fullmatch(name) for name in names):
+        raise UserError(f"benchmark name {names[0]!r}: {PLAIN_NAME_RULE}; set it with --name")
 
 
 def _base_name(folder: str) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from avzero.data.class_pickles import PICKLE, read_class_pickle
-from avzero.data.sequences import Features, Float32, Int64, Sequences
+from avzero.data.class_pickles import PICKLE, ClassPickle, read_class_pickle, video_name
+from avzero.data.sequences import Features, Float32, Int64
 from avzero.errors import UserError
 
 HDF5 = ".h5"
@@ -47,7 +47,7 @@ class Rows:
 def list_rows(path: Path) -> Rows:
     """Return names and sizes of a class file's rows, before their values are needed."""
     if path.suffix == PICKLE:
-        return read_class_file(path)[0]
+        return _rows(read_class_pickle(path))
     with _opened(path) as (data, urls):
         if urls.ndim != 1 or data.ndim != 2 or len(urls) != len(data):
             raise UserError(
@@ -55,7 +55,7 @@ def list_rows(path: Path) -> Rows:
                 "expected (n, d) and (n,)"
             )
         names = [
-            value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in urls[:]
+            video_name(f"{path}: video_urls row {i}", value) for i, value in enumerate(urls[:])
         ]
         return Rows(names, len(data), int(data.shape[1]))
 
@@ -64,9 +64,13 @@ def read_class_file(path: Path) -> tuple[Rows, Features]:
     """Return names, sizes and values of a class file's rows, in the file's order."""
     if path.suffix != PICKLE:
         return list_rows(path), _read_data(path)
-    names, features = read_class_pickle(path)
-    lengths = features.lengths if isinstance(features, Sequences) else None
-    return Rows(names, len(features), features.shape[1], lengths), features
+    pickled = read_class_pickle(path)
+    return _rows(pickled), pickled.features()
+
+
+def _rows(pickled: ClassPickle) -> Rows:
+    """Return what a pickled class file says of its rows; their values are not converted."""
+    return Rows(pickled.names, len(pickled.arrays), pickled.width, pickled.lengths)
 
 
 def _read_data(path: Path) -> Float32:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avzero.data.benchmark import MODALITIES, Bool, Part, Samples
+from avzero.data.benchmark import MODALITIES, Bool, Part, Role, Samples
 from avzero.data.class_files import read_class_file
 from avzero.data.class_lists import STAGE_2_TRAIN
 from avzero.data.release import Reading, class_files
@@ -19,6 +19,9 @@ def handle_nonfinite(reading: Reading, part: Part) -> Part:
     """Apply the ``nonfinite`` rule to rows with NaN or infinity (data_formats.md 2.6).
 
     Sequences without a step are the same case: a clip nobody could read.
+
+    Raises:
+        UserError: there are such rows and the rule is ``fail``, or dropping them empties a role.
     """
     bad: dict[str, Bool] = {m: bad_rows(table) for m, table in part.features.items()}
     any_bad: Bool = np.asarray(np.stack(list(bad.values())).any(axis=0))
@@ -50,7 +53,30 @@ def handle_nonfinite(reading: Reading, part: Part) -> Part:
         tuple(part.samples.source_split[i] for i in kept),
         part.samples.evaluated[keep],
     )
+    _note_dropped(reading, part.samples, samples)
     return Part(samples, {m: take(a, keep) for m, a in part.features.items()})
+
+
+def _note_dropped(reading: Reading, before: Samples, after: Samples) -> None:
+    """Refuse roles that lost all their rows; tell the audit of the rest."""
+    lost: dict[str, int] = {}
+    for role in Role:
+        if len(before.rows(role)) and not len(after.rows(role)):
+            raise UserError(
+                f"{reading.feature_root}: all {len(before.rows(role))} {role} rows hold NaN or "
+                "infinity, or nothing: dropping them leaves no benchmark. Repair them, or get the "
+                "release again"
+            )
+        lost[role] = int((before.role == role.code).sum() - (after.role == role.code).sum())
+    counts = ", ".join(f"{role} {count}" for role, count in lost.items() if count)
+    reading.notes.append(f"dropped rows that hold NaN or infinity, or nothing: {counts}")
+    for role in Role:
+        classes = before.class_id[before.role == role.code]
+        for class_id in np.setdiff1d(classes, after.class_id[after.role == role.code]):
+            name = reading.table.classes.names[class_id]
+            reading.notes.append(
+                f"warning: {role}: class {name!r} lost all its {(classes == class_id).sum()} rows"
+            )
 
 
 def check_stage_2_train(reading: Reading, part: Part) -> None:

@@ -1,95 +1,48 @@
-"""Reading released pickles without trusting them: an unpickler with an allow-list.
+"""Reading released pickles without trusting them.
 
 A pickle may name any importable object and have it called. The released text files need three
 names (data_formats.md section 2.4), the class files of the temporal and CLIP releases three more
-(section 2.6); everything else ends in one clear line.
+(section 2.6); ``data.inert_pickle`` knows these and calls functions of its own for them.
+Everything else ends in one clear line.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from avzero.data.benchmark import Float32
+from avzero.data.inert_pickle import DAMAGED, ForbiddenName, loads
 from avzero.errors import UserError
-
-# numpy renamed numpy.core to numpy._core in 2.0; files of both ages exist.
-_TEXT_GLOBALS = frozenset(
-    {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-    }
-)
-
-_CLASS_FILE_GLOBALS = _TEXT_GLOBALS | {
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("_codecs", "encode"),
-}
-
-_DAMAGED = (
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ImportError,
-    MemoryError,
-    OverflowError,
-)
-"""Everything the standard unpickler raises on damaged or hostile bytes."""
-
-
-class _AllowList(pickle.Unpickler):
-    """An unpickler that resolves only the names it was given."""
-
-    def __init__(self, file: BinaryIO, allowed: frozenset[tuple[str, str]], source: Path) -> None:
-        super().__init__(file)
-        self._allowed = allowed
-        self._source = source
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
-            raise UserError(
-                f"{self._source}: the pickle asks for {module}.{name}, which no released file "
-                "needs; refused. Get the file again from its authors, or do not use it"
-            )
-        if module == "_codecs":
-            return _latin1
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """Stand in for ``_codecs.encode``: old pickles write bytes as Latin-1 text, nothing else."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"encodes as {encoding!r}; expected latin1")
-    return text.encode("latin-1")
 
 
 def load_class_pickle(path: Path) -> Any:
-    """Return what a class file of the temporal or CLIP release holds, through the allow-list.
+    """Return what a class file of the temporal or CLIP release holds.
 
     Raises:
         UserError: the file is missing or damaged, or asks for a forbidden name.
     """
     try:
-        with path.open("rb") as handle:
-            return _AllowList(handle, _CLASS_FILE_GLOBALS, path).load()
+        return loads(path.read_bytes())
+    except ForbiddenName as error:
+        raise _forbidden(path, error) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UserError(
             f"{path}: not a readable class pickle, truncated or damaged ({error}); get it again"
         ) from error
+
+
+def _forbidden(path: Path, error: ForbiddenName) -> UserError:
+    """Return the refusal of a file that asks for a forbidden name."""
+    return UserError(
+        f"{path}: the pickle asks for {str(error)!a}, which no released file needs; refused. "
+        "Get the file again from its authors, or do not use it"
+    )
 
 
 def load_text_vectors(path: Path) -> tuple[tuple[str, ...], Float32]:
@@ -113,8 +66,13 @@ def load_text_vectors(path: Path) -> tuple[tuple[str, ...], Float32]:
     width: int | None = None
     for key, vector in value.items():
         if not isinstance(key, str):
-            raise UserError(f"{path}: key {key!r} is not text; the keys must be class names")
-        array = np.asarray(vector)
+            raise UserError(
+                f"{path}: a key of type {type(key).__name__} is not text; the keys must be class "
+                "names"
+            )
+        if not key.isprintable():
+            raise UserError(f"{path}: key {key!r} is not printable text; correct the file")
+        array = _array(vector)
         if array.ndim != 1 or array.dtype.kind != "f":
             raise UserError(
                 f"{path}: vector of {key!r} has shape {array.shape} and type {array.dtype}; "
@@ -124,16 +82,26 @@ def load_text_vectors(path: Path) -> tuple[tuple[str, ...], Float32]:
             raise UserError(
                 f"{path}: vector of {key!r} has {len(array)} values, earlier ones {width}"
             )
-        if not np.isfinite(array).all():
+        with np.errstate(over="ignore"):  # values past the float32 range become infinite
+            row = array.astype(np.float32)
+        if not np.isfinite(row).all():
             raise UserError(f"{path}: vector of {key!r} contains NaN or infinity")
         width = len(array)
-        keys.append(key)
-        rows.append(array.astype(np.float32))
+        keys.append(str(key))
+        rows.append(row)
     return tuple(keys), np.stack(rows)
 
 
+def _array(vector: Any) -> npt.NDArray[Any]:
+    """Return a vector as an array; what is none becomes one of objects, which is refused."""
+    try:
+        return np.asarray(vector)
+    except ValueError:  # lists in lists, of different lengths
+        return np.empty((), object)
+
+
 def _unpickle_object_array(path: Path) -> Any:
-    """Return the single element of a 0-d object ``.npy`` file, through the allow-list."""
+    """Return the single element of a 0-d object ``.npy`` file."""
     remedy = "expected the released 0-d object array; get the file again"
     try:
         with path.open("rb") as handle:
@@ -144,11 +112,13 @@ def _unpickle_object_array(path: Path) -> Any:
             if shape != () or dtype != np.dtype(object):
                 raise UserError(f"{path}: array of shape {shape} and type {dtype}; {remedy}")
             body = handle.read()
-        array = _AllowList(io.BytesIO(body), _TEXT_GLOBALS, path).load()
+        array = loads(body)
         return array.item() if isinstance(array, np.ndarray) and array.shape == () else array
+    except ForbiddenName as error:
+        raise _forbidden(path, error) from error
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UserError(f"{path}: truncated or damaged ({error}); {remedy}") from error

@@ -11,11 +11,15 @@ from avzero.data.benchmark import Classes, ClassRole, TextSet
 from avzero.data.class_lists import ClassTable, read_name_map
 from avzero.data.safe_pickle import load_text_vectors
 from avzero.errors import UserError
+from avzero.spec import PLAIN_NAME, PLAIN_NAME_RULE
 
 CLIP = "clip"
 WAVCAPS = "wavcaps"
 CLIPCLAP = "clipclap"
 """Text of the ClipClap release: its two files, and their vectors side by side."""
+W2V = "w2v"
+CLIP_WIDTH = 512
+"""Values of a CLIP text vector; word vectors have 300."""
 
 
 def find_text_files(feature_root: Path, clip: bool = False) -> dict[str, Path]:
@@ -40,17 +44,26 @@ def find_text_files(feature_root: Path, clip: bool = False) -> dict[str, Path]:
             f"{feature_root / 'text'}: no .npy text vectors; copy "
             "word_embeddings_<dataset>_normed.npy there or give --text NAME=FILE"
         )
-    if clip and files.keys() >= {"w2v", WAVCAPS}:
-        files[CLIP] = files.pop("w2v")
+    if clip and files.keys() >= {W2V, WAVCAPS}:
+        files[CLIP] = files.pop(W2V)
     return files
 
 
 def read_text_sets(
     files: Mapping[str, Path], split_root: Path, table: ClassTable
 ) -> dict[str, TextSet]:
-    """Read text files and join each to the classes by name."""
+    """Read text files and join each to the classes by name.
+
+    Raises:
+        UserError: a name the store cannot take, or a file that does not fit the classes.
+    """
     result: dict[str, TextSet] = {}
     for text_name, path in files.items():
+        if not PLAIN_NAME.fullmatch(text_name):
+            raise UserError(
+                f"{path}: text set name {text_name!r}: {PLAIN_NAME_RULE}; give it another with "
+                "--text NAME=FILE"
+            )
         keys, vectors = load_text_vectors(path)
         map_path, name_map = _map_for(split_root, set(keys))
         by_class: dict[str, str] = {}
@@ -63,6 +76,20 @@ def read_text_sets(
     if CLIP in result and WAVCAPS in result and CLIPCLAP not in result:
         result[CLIPCLAP] = _joined(result, files)
     return result
+
+
+def check_clip_text(sets: Mapping[str, TextSet], files: Mapping[str, Path]) -> None:
+    """Refuse, beside CLIP and CLAP features, CLIP text whose WavCaps partner is missing.
+
+    ``word_embeddings_…`` is then either file, and a benchmark would keep the wrong name for good:
+    a release that is not complete is refused, and only a person can say what such a file holds.
+    """
+    if WAVCAPS not in files and W2V in sets and sets[W2V].vectors.shape[1] == CLIP_WIDTH:
+        path = files[W2V]
+        raise UserError(
+            f"{path}: {CLIP_WIDTH} wide, so CLIP text, but wavcaps_{path.name} is missing beside "
+            f"it; copy that file from the release, or use CLIP text alone: --text {CLIP}={path}"
+        )
 
 
 def _joined(sets: Mapping[str, TextSet], files: Mapping[str, Path]) -> TextSet:
@@ -111,7 +138,7 @@ def text_set_name(path: Path) -> str:
     """Return a short name for a text file: ``w2v``, ``wavcaps`` or the stem without trimmings."""
     stem = path.stem.removesuffix("_normed")
     if stem.startswith("word_embeddings"):
-        return "w2v"
+        return W2V
     if stem.startswith("wavcaps_word_embeddings"):
-        return "wavcaps"
+        return WAVCAPS
     return stem.split("_embeddings")[0]

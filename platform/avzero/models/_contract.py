@@ -2,8 +2,9 @@
 
 A system is a pure module of one configuration. ``forward`` code writes no Python state; every
 continuous hyperparameter is a 0-d buffer, so that many configurations can be stacked and trained
-at once; randomness comes in through the context. Systems derive from ``Model`` directly and
-override no concrete method.
+at once; randomness comes in through the context. A system is a final class;
+what several share stands once, in an abstract class between it and ``Model``. Of concrete methods
+only the hooks below may be overridden.
 
 Shapes: B rows of a batch, G = 2 members per row (anchor, negative), d_m width of modality m,
 t width of class text, K training classes, C evaluated classes, n samples. With temporal features
@@ -132,6 +133,8 @@ class Model(nn.Module, ABC):
     """Values of ``Config`` fields under the ``compat`` preset."""
     beta_grid: ClassVar[BetaGrid] = BetaGrid()
     """Calibration values tried on VAL where the protocol names none (P-06)."""
+    lengths: bool = True
+    """Whether distances are lengths in the space of the class embeddings (not logits, products)."""
     needs_nonnegative: ClassVar[str] = ""
     """Why negative (scaled) features cannot be used, and what to do; empty where they can."""
 

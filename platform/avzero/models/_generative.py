@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CRITIC, GENERATOR = "critic", "generator"
+"""Names of the passes of an adversarial system."""
 _LEAK = 0.2
+
+
+def adversarial_passes(step: int, every: int) -> tuple[str, ...]:
+    """Return the critic's pass, and the generator's too in the first of every ``every`` steps."""
+    return (CRITIC,) if step % every else (CRITIC, GENERATOR)
 
 
 def dense(layer: nn.Linear, x: Tensor, fixed: bool = False) -> Tensor:

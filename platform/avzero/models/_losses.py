@@ -1,4 +1,4 @@
-"""Loss terms shared by the systems; every one is a mean over the rows of the batch."""
+"""Loss terms shared by the systems, as means over the rows of the batch or row by row."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ _EPS = 1e-6
 """Added to differences inside triplet distances, as the framework's pairwise distance does."""
 
 
-def triplets(anchors: Tensor, positives: Tensor, negatives: Tensor, margin: Tensor) -> Tensor:
-    """Return Euclidean triplet losses [T] of T triplets at once.
+def hinge(anchor: Tensor, near: Tensor, far: Tensor, margin: Tensor) -> Tensor:
+    """Return Euclidean triplet losses [...] of embeddings [..., o], one per row.
 
-    mean over rows of max(0, margin + ||a - p + eps|| - ||a - n + eps||) (avca.md section 3).
+    max(0, margin + ||a - near + eps|| - ||a - far + eps||) (avca.md section 3).
+    """
+    gaps = [torch.linalg.vector_norm(anchor - x + _EPS, dim=-1) for x in (near, far)]
+    loss: Tensor = (margin + gaps[0] - gaps[1]).clamp_min(0)
+    return loss
+
+
+def triplets(anchors: Tensor, positives: Tensor, negatives: Tensor, margin: Tensor) -> Tensor:
+    """Return the means over rows [T] of the losses of T triplets at once (see ``hinge``).
 
     Args:
         anchors: [B, T, o]; positives and negatives likewise.
@@ -20,10 +28,7 @@ def triplets(anchors: Tensor, positives: Tensor, negatives: Tensor, margin: Tens
         negatives: see anchors.
         margin: 0-d.
     """
-    near = torch.linalg.vector_norm(anchors - positives + _EPS, dim=-1)
-    far = torch.linalg.vector_norm(anchors - negatives + _EPS, dim=-1)
-    loss: Tensor = (margin + near - far).clamp_min(0).mean(0)
-    return loss
+    return hinge(anchors, positives, negatives, margin).mean(0)
 
 
 def mse(left: Tensor, right: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def load_strictly(
         rename: from the reference's key to ours; None drops it.
 
     Raises:
-        UserError: keys missing, left over, or of another shape.
+        UserError: keys missing, left over, of another shape, or not floating where ours are.
     """
     ours = model.state_dict()
     theirs: dict[str, Tensor] = {}
@@ -42,15 +42,19 @@ def load_strictly(
             shown = ", ".join(sorted(names)[:_LISTED])
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             problems.append(f"{verb}: {shown}{more}")
-    shapes = []
+    unlike = []
     for key in sorted(ours.keys() & theirs.keys()):
         value = theirs[key]
         if value.dim() > ours[key].dim() and value.numel() == ours[key].numel():
             theirs[key] = value = value.reshape(ours[key].shape)
         if value.shape != ours[key].shape:
-            shapes.append(f"{key} is {list(value.shape)}, expected {list(ours[key].shape)}")
-    rest = [f"{len(shapes) - _LISTED} more of another shape"] if len(shapes) > _LISTED else []
-    problems += shapes[:_LISTED] + rest
+            unlike.append(f"{key} is {list(value.shape)}, expected {list(ours[key].shape)}")
+        elif ours[key].is_floating_point() and not value.is_floating_point():
+            # Copying would cast without a word: the imaginary part lost, int8 without its scale.
+            kinds = (str(kind).removeprefix("torch.") for kind in (value.dtype, ours[key].dtype))
+            unlike.append(f"{key} is {', expected '.join(kinds)}")
+    rest = [f"{len(unlike) - _LISTED} more of another shape or type"]
+    problems += unlike[:_LISTED] + (rest if len(unlike) > _LISTED else [])
     if problems:
         raise UserError(
             f"not a checkpoint of {title} with these settings: {'; '.join(problems)}. "

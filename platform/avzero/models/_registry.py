@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -79,7 +80,11 @@ def _load(name: str, path: Path) -> type[Model]:
 
 
 def _import(name: str, path: Path) -> ModuleType:
-    """Import a model file; files outside the package get a private module name."""
+    """Import a model file; files outside the package get a private module name.
+
+    Raises:
+        UserError: a file outside the package cannot be run.
+    """
     if path.parent == Path(__file__).parent:
         return importlib.import_module(f"avzero.models.{name}")
     qualified = f"_avzero_model_{name}_{sha256_hex(str(path).encode())[:8]}"
@@ -88,7 +93,18 @@ def _import(name: str, path: Path) -> ModuleType:
         raise UserError(f"{path}: cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[qualified] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[qualified]
+        # A syntax error names its line itself; of others, the innermost line in this file counts.
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
+        ]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines = [error.lineno]
+        where = f"{path}:{lines[-1]}" if lines and lines[-1] else str(path)
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -104,6 +120,16 @@ def make_config(name: str, values: dict[str, object], preset: Preset, where: str
         return cls.Config.model_validate(base | values)
     except ValidationError as error:
         raise UserError(f"{where}: {name}: {describe(error, cls.Config)}") from error
+
+
+def outline(name: str, config: ModelConfig, shapes: Shapes) -> Model:
+    """Build a system without memory or random numbers: refusals and sizes at once.
+
+    Raises:
+        UserError: the system cannot be built this way for these shapes.
+    """
+    with torch.device("meta"):
+        return model_class(name)(config, shapes)
 
 
 def build(task: Task, shapes: Shapes) -> Model:

@@ -1,7 +1,9 @@
 """AVCA's network, which the hyperbolic systems train with one more loss.
 
 Two encoders, a transformer over the (audio, video) pair of tokens, projections into one space with
-the class text, decoders back. ``TwoBranch`` is abstract and its subclasses are final.
+the class text, decoders back. Only the video embedding is compared with the classes; where there is
+audio alone, it gets there through the transformer's attention and in no other way. ``TwoBranch`` is
+abstract and its subclasses are final.
 """
 
 from __future__ import annotations

@@ -19,26 +19,23 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
+from avzero.models._contract import Batch, Card, Context, ModelConfig, Shapes, scalar
 from avzero.models._losses import mse
-from avzero.models._ranking import TestRule, compare, joined
-from avzero.models._reference import load_strictly
+from avzero.models._ranking import WordSpace, WordSpaceConfig
 from avzero.spec import NonNegative
 
 
-class APNConfig(ModelConfig):
+class APNConfig(WordSpaceConfig):
     """Hyperparameters of APN, named as in apn.md section 7."""
 
     w_regression: NonNegative = 1.0
     temperature: float = Field(1.0, gt=0)
     init_scale: float = Field(2e-4, gt=0)
-    norm_inputs: bool = False
     ce_input: Literal["logits", "softmax"] = "logits"
     use_prototype_at_test: Literal["no", "average"] = "no"
-    test_rule: TestRule = "euclidean"
 
 
-class APN(Model):
+class APN(WordSpace):
     """Two bias-free matrices from [video, audio] into the space of the class vectors."""
 
     card: ClassVar[Card] = Card(
@@ -68,16 +65,14 @@ class APN(Model):
         self.prototype_vectors = nn.ParameterDict(
             {"layer4": nn.Parameter(config.init_scale * torch.rand(size))}
         )
-        self.norm_inputs = config.norm_inputs
         self.ce_input = config.ce_input
         self.average = config.use_prototype_at_test == "average"
-        self.test_rule = config.test_rule
         scalar(self, "w_regression", config.w_regression)
         scalar(self, "temperature", config.temperature)
 
     def _attributes(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the final and the prototype attribute predictions [..., t]."""
-        x = joined(features, self.norm_inputs)
+        x = self.joined(features)
         return x @ self.ALE_vector.T, x @ self.prototype_vectors["layer4"].T
 
     def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
@@ -95,17 +90,3 @@ class APN(Model):
         """Return the attribute prediction [n, t] as ``both``."""
         final, prototype = self._attributes(features)
         return {"both": (final + prototype) / 2 if self.average else final}
-
-    def embed_classes(self, text: Tensor) -> Tensor:
-        """Return the class vectors themselves."""
-        return text
-
-    def distances(
-        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
-    ) -> dict[str, Tensor]:
-        """Return distances [n, C] by the test rule."""
-        return compare(samples["both"], classes, self.test_rule, squared)
-
-    def load_reference(self, state: Mapping[str, Tensor]) -> None:
-        """Take an ``APN`` checkpoint; its 1x1 kernels are our matrices."""
-        load_strictly(self, self.card.title, state)

@@ -4,7 +4,10 @@ Mercea, Riesch, Koepke, Akata; CVPR 2022; https://arxiv.org/abs/2203.03598
 
 Built from specs/models/avca.md. Options: ``train_pos_emb`` (P-10) and ``bn_legacy_updates``
 (P-11: the released code's dead re-projection and its extra train-mode pass after every step, both
-of which only move BatchNorm statistics). Only the video branch is compared with the classes.
+of which only move BatchNorm statistics). Only the video branch is compared with the classes: in
+audio-only runs, audio reaches what is compared through the cross-attention alone. The published
+rows on CLIP/CLAP features (ClipClap's paper) put a ``W_enc`` (1536 -> 300 or 512) in front of the
+text branch; it is not offered, so those rows are not of this network.
 """
 
 from __future__ import annotations

@@ -34,8 +34,10 @@ from avzero.models._contract import (
     scalar,
 )
 from avzero.models._generative import (
+    CRITIC,
     Encoder,
     Table,
+    adversarial_passes,
     contrastive,
     criticise,
     dense,
@@ -52,7 +54,6 @@ from avzero.spec import Count, InputScaling, NonNegative, Positive
 LATENT = 300
 ENCODER_HIDDEN = 300
 CLASSIFIER_BATCH = 256
-CRITIC, GENERATOR = "critic", "generator"
 
 
 class AVFSConfig(ModelConfig):
@@ -86,6 +87,7 @@ class AVFS(Model):
         evidence="reconstruction",
     )
     Config: ClassVar[type[ModelConfig]] = AVFSConfig
+    lengths = False
     needs_nonnegative: ClassVar[str] = (
         "the generator ends in a ReLU and cannot make negative features. Leave the system's own "
         "input_scaling at minmax"
@@ -118,7 +120,7 @@ class AVFS(Model):
 
     def passes(self, step: int) -> tuple[str, ...]:
         """Return critic, and generator in the first of every ``n_critic`` steps."""
-        return (CRITIC,) if step % self.n_critic else (CRITIC, GENERATOR)
+        return adversarial_passes(step, self.n_critic)
 
     def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Return the terms of one pass (avfs.md section 2) on the anchors."""
@@ -198,8 +200,7 @@ class AVFS(Model):
 
         Used where something must be known of classes without training rows, such as scales.
         """
-        classes = F.normalize(self.C(text), dim=1)
-        return torch.cat([classes, classes.new_zeros(len(classes), 1)], dim=1)
+        return F.pad(F.normalize(self.C(text), dim=1), (0, 1))
 
     @torch.no_grad()
     def candidates(self, text: Tensor, seen: int, rows: TrainingRows) -> Tensor:

@@ -6,7 +6,9 @@ Built from specs/models/avgzslnet.md, the re-implementation of the AVCA benchmar
 into one space and one decoder shared by all of them. Options: ``distance_fn`` of the reconstruction
 (triplets stay Euclidean), ``w_kl``: the divergence between audio and video embeddings that the
 paper names and the benchmark's code leaves out (its exact form is our reading: softmax over the
-coordinates, both directions averaged).
+coordinates, both directions averaged). The published rows on CLIP/CLAP features (ClipClap's paper)
+put a ``W_enc`` (1536 -> 300 or 512) in front of the text branch; it is not offered, so those rows
+are not of this network.
 """
 
 from __future__ import annotations

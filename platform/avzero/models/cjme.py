@@ -4,7 +4,9 @@ Parida, Matiyali, Guha, Sharma; WACV 2020; https://arxiv.org/abs/1910.08732
 
 Built from specs/models/cjme.md, the re-implementation of the AVCA benchmark. Option:
 ``attention_broadcast`` (P-12: the released code multiplies attention and triplets as an outer
-product, so that attention enters through its batch mean only).
+product, so that attention enters through its batch mean only). The published rows on CLIP/CLAP
+features (ClipClap's paper) put a ``W_enc`` (1536 -> 300 or 512) in front of the text branch; it is
+not offered, so those rows are not of this network.
 """
 
 from __future__ import annotations
@@ -19,12 +21,11 @@ from torch import Tensor, nn
 
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._layers import BatchNorm, Projection
-from avzero.models._losses import mse
+from avzero.models._losses import hinge, mse
 from avzero.models._reference import load_strictly
 from avzero.spec import NonNegative, Positive, Probability
 
 TEXT_HIDDEN = 300
-_EPS = 1e-6
 
 
 class CJMEConfig(ModelConfig):
@@ -150,13 +151,6 @@ class CJME(Model):
     def load_reference(self, state: Mapping[str, Tensor]) -> None:
         """Take a ``CJME`` checkpoint."""
         load_strictly(self, self.card.title, state)
-
-
-def hinge(anchor: Tensor, near: Tensor, far: Tensor, margin: Tensor) -> Tensor:
-    """Return per-row triplet losses [n] of embeddings [n, o]."""
-    gaps = [torch.linalg.vector_norm(anchor - x + _EPS, dim=-1) for x in (near, far)]
-    out: Tensor = (margin + gaps[0] - gaps[1]).clamp_min(0)
-    return out
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ Built from specs/models/clipclap.md. Options: ``modality`` (a network of one mod
 ``protocol.modality``, which gives zeros for the other), ``word_embeddings`` (which part of the
 1536-wide class text is read; any other text has no parts), ``extra_bn_pass`` (the released code's
 train-mode pass after every step, which only moves BatchNorm statistics). It works on every averaged
-feature set; the published one is ``clipclap``. Only anchors are used.
+feature set; the published one is ``clipclap``. Only anchors are used. Two options of the release
+are not offered: ``embeddings_batch_norm: false`` (two-layer blocks without their first BatchNorm)
+and ``adam-sam`` (a sharpness-aware optimiser).
 """
 
 from __future__ import annotations

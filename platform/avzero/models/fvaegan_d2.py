@@ -34,8 +34,10 @@ from avzero.models._contract import (
     scalar,
 )
 from avzero.models._generative import (
+    CRITIC,
     Encoder,
     Table,
+    adversarial_passes,
     criticise,
     divergence,
     draw_small,
@@ -48,7 +50,6 @@ from avzero.models._reference import load_strictly
 from avzero.spec import BetaGrid, Count, NonNegative, Positive
 
 ENCODER_HIDDEN = 300
-CRITIC, GENERATOR = "critic", "generator"
 
 
 class FVAEGANConfig(ModelConfig):
@@ -112,6 +113,7 @@ class FVAEGAN(Model):
     Config: ClassVar[type[ModelConfig]] = FVAEGANConfig
     compat: ClassVar[Mapping[str, object]] = {"one_step_per_epoch": True}
     beta_grid: ClassVar[BetaGrid] = BetaGrid(start=0, stop=0, count=1)
+    lengths = False
     needs_nonnegative: ClassVar[str] = (
         "features are targets of a binary cross-entropy, which must lie in 0 … 1. Scale them: "
         "in the job, fixed: {fvaegan_d2: {input_scaling: minmax}}"
@@ -145,7 +147,7 @@ class FVAEGAN(Model):
         """Return critic, and generator in the first of every ``critic_steps`` steps."""
         if self.one_step_per_epoch and step:
             return ()
-        return (CRITIC,) if step % self.critic_steps else (CRITIC, GENERATOR)
+        return adversarial_passes(step, self.critic_steps)
 
     def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Return the terms of one pass (fvaegan_d2.md section 2) on the anchors."""
@@ -212,8 +214,7 @@ class FVAEGAN(Model):
         Used where something must be known of classes without training rows, such as scales.
         """
         z = text.new_zeros(len(text), self.latent)
-        rows = F.normalize(torch.sigmoid(self.netG(z, text)), dim=1)
-        return torch.cat([rows, rows.new_zeros(len(rows), 1)], dim=1)
+        return F.pad(F.normalize(torch.sigmoid(self.netG(z, text)), dim=1), (0, 1))
 
     @torch.no_grad()
     def candidates(self, text: Tensor, seen: int, rows: TrainingRows) -> Tensor:

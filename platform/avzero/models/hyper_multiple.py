@@ -8,6 +8,8 @@ sample, several per sample, or no alignment), ``similarity`` (neither released o
 ``norm_product`` of 2023 ignores directions, ``cosine`` of today's release ignores the curvature,
 ``geodesic`` is ours and sees both), ``dead_passes`` (the release's unused passes and its extra
 train-mode pass after every step; they only move BatchNorm statistics), ``train_pos_emb`` (P-10).
+The published rows on CLIP/CLAP features (ClipClap's paper) put a ``W_enc`` (1536 -> 300 or 512) in
+front of the text branch; it is not offered, so those rows are not of this network.
 
 geoopt is not used. The maps are two closed formulas, without an exponential map. On the ball's
 inside ours equal geoopt's to 1e-6 (tests/test_hyper_multiple.py, where geoopt is installed), but

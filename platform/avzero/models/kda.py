@@ -1,14 +1,16 @@
 """KDA: knowledge-augmented audio-visual learning with class descriptions.
 
-Chen et al.; 2023; https://arxiv.org/abs/2311.12268
+Chen, Li, Hong, Huang, Xu, Gu, Lan, Zhu, Wang; arXiv 2023; https://arxiv.org/abs/2311.12268
 
 Built from specs/models/kda.md. A sample is mapped into the space of the class text vectors, which
 are the prototypes as they are: nothing on the text side is learnt. In the release a prototype is
 the mean of CLIP's embeddings of the class name and of three descriptions of it (what happens, what
-is seen, what is heard). Which of these parts are used (``text_parts`` of the spec) is decided by
-the protocol's ``text`` set, made when a benchmark is ingested; the system sees vectors of any width
-t, and runs on 300-d word vectors as well. Join descriptions by name: the release indexes their rows
-by class id, and so describes 8 ActivityNet and 205 VGGSound classes by other ones (P-01).
+is seen, what is heard). Nothing here encodes the release's table of descriptions: you bring a file
+with one vector per class (``avzero ingest avca ... --text NAME=FILE``) and name it as the
+protocol's ``text``. Which of the parts it holds (``text_parts`` of the spec) is thus decided where
+you make it. The system takes vectors of any width t, and so 300-d word vectors as well. Join
+descriptions by name: the release indexes their rows by class id, and so describes 8 ActivityNet and
+205 VGGSound classes by other ones (P-01).
 
 Options: ``loss_variant`` (the released code trains on the alignment only), ``margin``,
 ``norm_inputs`` (unit length of the *fused* vector), ``normalise_prototypes``. The release builds
@@ -56,7 +58,7 @@ class KDA(Model):
 
     card: ClassVar[Card] = Card(
         title="KDA",
-        authors="Chen et al.",
+        authors="Chen, Li, Hong, Huang, Xu, Gu, Lan, Zhu, Wang",
         year=2023,
         venue="arXiv",
         link="https://arxiv.org/abs/2311.12268",

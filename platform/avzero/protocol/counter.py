@@ -82,6 +82,8 @@ def site_keys(key: int, steps: int, sites: int, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=32)
 def _lattice(size: int, device: torch.device) -> Tensor:
     """Return the first mixing round of elements 0 … size - 1 (int32)."""
+    if size & (size - 1):  # sizes that change with every batch share one table
+        return _lattice(1 << size.bit_length(), device)[:size]
     x = torch.arange(size, dtype=torch.int64, device=device)
     x = (x * 0x9E3779B1) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF

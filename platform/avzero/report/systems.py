@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from avzero.models._contract import Card, Kind, Model, Shapes, trainable
-from avzero.models._registry import make_config, model_class, model_files
-from avzero.spec import TRAIN_FIELDS, Preset, TrainConfig
+from avzero.errors import UserError
+from avzero.models._contract import Card, Kind, ModelConfig, Shapes, trainable
+from avzero.models._registry import make_config, model_class, model_files, outline
+from avzero.spec import TRAIN_FIELDS, Preset, TrainConfig, validate
 from avzero.tune.space import SpaceFile, load_space
 
 SIZES = {
@@ -53,38 +53,50 @@ def describe(name: str) -> System:
     """Return what is known of a system.
 
     Raises:
-        UserError: there is no such system, or it has no search space.
+        UserError: there is no such system, it has no search space, or something is wrong in that.
     """
-    cls, space = model_class(name), load_space(name)
+    cls, space, where = model_class(name), load_space(name), f"search space of {name}"
+    known = TRAIN_FIELDS | set(cls.Config.model_fields)
+    for key in (*space.space, *(k for point in space.published for k in point.values)):
+        if key not in known:
+            raise UserError(
+                f"{where}: {name} has no hyperparameter {key!r}; it has {', '.join(sorted(known))}"
+            )
     own = {k: v for k, v in space.defaults.items() if k not in TRAIN_FIELDS}
-    config = make_config(name, own, Preset.PAPER, f"search space of {name}")
-    settings = TrainConfig().model_dump(mode="json") | space.defaults
+    config = make_config(name, own, Preset.PAPER, where)
+    given = {k: v for k, v in space.defaults.items() if k in TRAIN_FIELDS}
+    train = validate(TrainConfig, given, where)
+    settings = {k: getattr(train, k) for k in TRAIN_FIELDS}
     named = [k for k in (*space.space, *space.defaults) if k in TRAIN_FIELDS]
     return System(
         name=name,
         card=cls.card,
-        docstring=ast.get_docstring(ast.parse(model_files()[name].read_text("utf-8"))) or "",
-        parameters=dict(_counts(cls, config)),
+        docstring=ast.get_docstring(ast.parse(model_files()[name].read_bytes())) or "",
+        parameters=dict(_counts(name, config)),
         defaults=config.model_dump(mode="json") | {k: settings[k] for k in named},
         compat=dict(cls.compat),
-        ranges=_ranges(space),
+        ranges=_ranges(space, where),
         published=[point.model_dump(mode="json") for point in space.published],
     )
 
 
-def _counts(cls: type[Model], config: Any) -> Iterator[tuple[str, int]]:
+def _counts(system: str, config: ModelConfig) -> Iterator[tuple[str, int]]:
     """Yield (feature set, trainable parameters); shapes alone, no memory is taken."""
     for name, shapes in SIZES.items():
-        if "averaged" in cls.card.features:
-            with torch.device("meta"):
-                model = cls(config, shapes)
+        if "averaged" in model_class(system).card.features:
+            model = outline(system, config, shapes)
             yield name, sum(p.numel() for _, p in trainable(model))
 
 
-def _ranges(space: SpaceFile) -> dict[str, str]:
-    """Return every searched hyperparameter's range as text."""
+def _ranges(space: SpaceFile, where: str) -> dict[str, str]:
+    """Return every searched hyperparameter's range as text.
+
+    Raises:
+        UserError: one is no range; the message starts ``where``.
+    """
     shown = {}
     for key, range_ in space.space.items():
+        range_.distribution(f"{where}: {key}")
         ((kind, values),) = range_.model_dump(by_alias=True, exclude_none=True).items()
         text = ", ".join(map(_value, values))
         shown[key] = text if kind == "choice" else f"{' … '.join(map(_value, values))} ({kind})"

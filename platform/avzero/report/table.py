@@ -110,7 +110,7 @@ def _row(storage: Storage, sweep: str, records: list[dict[str, Any]]) -> Row:
         for line in read_openings(storage, first["digest"])
         if line["sweep"] == sweep
         and line["model"] == first["model"]
-        and line["text"] == first["protocol"]["text"]
+        and line.get("text", first["protocol"]["text"]) == first["protocol"]["text"]
     ]
     return Row(
         benchmark=first["benchmark"],

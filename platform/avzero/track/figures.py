@@ -73,10 +73,11 @@ def learning_curves(epochs: Sequence[Epoch], title: str) -> bytes:
     axes.plot(steps, [epoch.loss for epoch in epochs], color=_GREY, label="loss (left)")
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
-    if epochs and epochs[0].val:
-        right = axes.twinx()
+    looked = [epoch for epoch in epochs if epoch.val]
+    if looked:
+        right, at = axes.twinx(), [epoch.epoch for epoch in looked]
         for name, colour in (("HM", _RED), ("S", _BLUE), ("U", "#3c8d40"), ("ZSL", "#b0882c")):
-            right.plot(steps, [100 * e.val[name] for e in epochs], color=colour, label=name)
+            right.plot(at, [100 * e.val[name] for e in looked], color=colour, label=name)
         right.set_ylabel("VAL score (%)")
         right.set_ylim(0, None)
         right.legend(loc="center right", fontsize=8)

@@ -64,6 +64,13 @@ class EvaluationSet:
     unseen_ids: Tensor
     window: Window = field(default_factory=Window)
 
+    def facts(self, distances: Tensor, target: Tensor) -> Nearest:
+        """Return what scoring needs of distances [b, C (+ U)] and true classes [b]."""
+        ids, seen = (self.seen_ids, self.unseen_ids), len(self.seen_ids)
+        n = seen + len(self.unseen_ids)
+        zsl = distances[:, n:] if distances.shape[1] > n else None
+        return Nearest.of(distances[:, :seen], distances[:, seen:n], target, *ids, zsl)
+
     def chunks(self, scaling: Scaling) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield (features by modality, targets) of as many samples as fit at once."""
         count = rows_at_once(self.features, self.rows, self.window)
@@ -84,7 +91,7 @@ class StageData:
 
     def __init__(self, benchmark: Benchmark, task: Task, device: torch.device) -> None:
         protocol, stage = task.protocol, task.stage
-        require_features(task.model, benchmark.info)
+        require_features(task.model, benchmark.info, protocol)
         self.info = benchmark.info
         self.stage = STAGES[stage]
         self.device = device
@@ -92,7 +99,9 @@ class StageData:
         vectors = benchmark.info.class_vectors(protocol.text, protocol.text_alignment)
         self.class_text = torch.from_numpy(vectors).to(device, self.dtype)
         self.features = tables(benchmark.part, device)
-        self.window = Window(protocol.max_steps, benchmark.info.step_seconds)
+        steps, seconds = protocol.max_steps, benchmark.info.step_seconds
+        self.window = Window(steps, seconds)
+        self.evaluation_window = Window(protocol.max_steps_eval or steps, seconds)
         samples = benchmark.part.samples
         rows = samples.rows(*self.stage.train)
         if not len(rows):
@@ -150,7 +159,9 @@ class StageData:
 
     def evaluation(self, benchmark: Benchmark, stage: Stage) -> EvaluationSet:
         """Return the evaluation set of ``stage`` (VAL or TEST) from a benchmark part."""
-        return evaluation_set(benchmark, stage, self.class_text, self.device, self.window)
+        return evaluation_set(
+            benchmark, stage, self.class_text, self.device, self.evaluation_window
+        )
 
 
 def evaluation_set(
@@ -239,17 +250,8 @@ def nearest(
                 if keep is not None and not missing:
                     keep.add(z, {name: d[:, :n] for name, d in whole.items()}, target)
                 for name, d in _of_present(whole, scaling.absent).items():
-                    if missing and name != BOTH:
-                        continue
-                    facts = Nearest.of(
-                        d[:, :n_seen],
-                        d[:, n_seen:n],
-                        target,
-                        data.seen_ids,
-                        data.unseen_ids,
-                        d[:, n:] if d.shape[1] > n else None,
-                    )
-                    blocks.setdefault(missing or name, []).append(facts)
+                    if not missing or name == BOTH:
+                        blocks.setdefault(missing or name, []).append(data.facts(d, target))
 
         score(stage.scaling)
         for modality in data.features if withhold and not stage.scaling.absent else ():
@@ -278,12 +280,17 @@ def _of_present(distances: dict[str, Tensor], absent: frozenset[str]) -> dict[st
     return {present[0]: distances[present[0]], BOTH: distances[present[0]]}
 
 
-def require_features(model: str, info: BenchmarkInfo) -> None:
+def require_features(model: str, info: BenchmarkInfo, protocol: Protocol) -> None:
     """Refuse a benchmark of a kind a system does not take.
 
     Raises:
-        UserError: sequences for a system of vectors, or the reverse.
+        UserError: sequences for a system of vectors, or the reverse; a window on vectors.
     """
+    if not info.temporal and (protocol.max_steps or protocol.max_steps_eval):
+        raise UserError(
+            f"protocol.max_steps: benchmark {info.name} has one vector per video, nothing to cut; "
+            "remove it"
+        )
     kinds = model_class(model).card.features
     if ("temporal" in kinds) if info.temporal else set(kinds) - {"temporal"}:
         return

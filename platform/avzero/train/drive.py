@@ -20,6 +20,7 @@ from avzero.train.world import global_world
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 120
+_WAIT_SECONDS = 6 * 3600
 
 
 def drive(
@@ -158,7 +159,10 @@ def _with_ray_train(
                 "mailbox": mailbox,
                 "resources": resources.model_dump(mode="json"),
             },
-            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+            # Workers wait for rank 0 while it evaluates; fitted classifiers can take long.
+            torch_config=TorchConfig(
+                backend="nccl" if resources.gpus else "gloo", timeout_s=_WAIT_SECONDS
+            ),
             scaling_config=ScalingConfig(
                 num_workers=resources.workers,
                 use_gpu=bool(resources.gpus),

@@ -102,14 +102,16 @@ class Trainer:
         started = time.perf_counter()
         losses = self._train(epoch, lr)
         seconds = time.perf_counter() - started
-        val = self._evaluate()
+        # The last epoch is always looked at, so that every run has a best one.
+        due = (epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs
+        val = self._evaluate() if due else {}
         # Stage 2 has as many epochs as stage 1 needed to its best, and ends with the last one:
         # VAL is part of its training data and chooses nothing (protocol.md section 5, step 2).
         score = val.get("HM", float(epoch))
-        best = self.task.stage == 2 or score > self.state.best_hm
+        best = self.task.stage == 2 or (bool(val) and score > self.state.best_hm)
         if best:
             self.state.best_epoch, self.state.best_hm = epoch, score
-        if self.state.plateau is not None:
+        if self.state.plateau is not None and val:
             self.state.plateau.step(score)
         record = Epoch(
             epoch,

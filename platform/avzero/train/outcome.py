@@ -100,7 +100,7 @@ def score_test(store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: st
         for modality in frozen.calibration.betas
     }
     test = open_test(store, frozen, task, betas[BOTH], sweep, code_revision())
-    rows = evaluation_set(test, STAGE_2, data.class_text, _CPU, data.window)
+    rows = evaluation_set(test, STAGE_2, data.class_text, _CPU, data.evaluation_window)
     gallery = Gallery()
     facts, _ = nearest(model, data, rows, task.protocol, withhold=True, keep=gallery)
     scores = {m: facts[m].at(beta) for m, beta in betas.items() if m in facts}

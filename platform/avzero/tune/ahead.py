@@ -7,7 +7,9 @@ comes, by running it again in the loop: same task, same failure.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from avzero.data.store import FeatureStore
@@ -21,41 +23,55 @@ _POLL_SECONDS = 1.0
 
 
 class Ahead:
-    """Runs being trained on the connected Ray cluster; empty without one.
+    """Runs being trained on the connected Ray cluster; none without one.
 
     Args:
         store: where the benchmarks and the run folders are.
-        tasks: runs to train; finished ones are skipped.
+        tasks: runs to train, in the order they will be asked for; finished ones are skipped.
         need: what one run needs.
+        slots: how many are trained at once.
     """
 
-    def __init__(self, store: FeatureStore, tasks: Sequence[Task], need: Resources) -> None:
+    def __init__(
+        self, store: FeatureStore, tasks: Sequence[Task], need: Resources, slots: int
+    ) -> None:
+        self._store, self._need, self._slots = store, need, slots
+        self._waiting = deque(task for task in tasks if _epochs(store, task) is not None)
+        self._before = {task.id: _epochs(store, task) or 0 for task in self._waiting}
         self._running: dict[str, Any] = {}
-        waiting = [task for task in tasks if not _finished(store, task)]
-        if need.workers > 1 or len(waiting) < 2:
-            return
-        import ray
-
-        if not ray.is_initialized():
-            return
-        remote = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(train)
-        for task in waiting:
-            self._running[task.id] = remote.remote(
-                store.storage.url, task.model_dump_json(), need.model_dump_json()
-            )
+        if slots < 2 or len(self._waiting) < 2:
+            self._before.clear()
 
     def follow(self, folder: RunFolder) -> Iterator[Epoch]:
         """Yield a run's epochs as its folder shows them, until it has ended, well or not."""
-        handle = self._running.pop(folder.task.id, None)
-        seen, ended = 0, handle is None
+        task = folder.task.id
+        before, seen = self._before.pop(task, None), 0
+        ended = before is None
         while not ended:
-            import ray
-
-            ended = bool(ray.wait([handle], timeout=_POLL_SECONDS)[0])
+            ended = self._advance(task)
             state = folder.load_state()
-            history = [] if state is None else state.history[seen:]
-            yield from history
-            seen += len(history)
+            for epoch in [] if state is None else state.history[seen:]:
+                yield replace(epoch, replayed=seen < (before or 0))
+                seen += 1
+
+    def _advance(self, task: str) -> bool:
+        """Fill free slots, wait a moment; return whether a run has ended."""
+        import ray
+
+        train_there = ray.remote(
+            num_cpus=self._need.cpus,
+            num_gpus=self._need.gpus,
+            max_retries=self._need.max_failures,
+        )(train)
+        while self._waiting and len(self._running) < self._slots:
+            run = self._waiting.popleft()
+            self._running[run.id] = train_there.remote(
+                self._store.storage.url, run.model_dump_json(), self._need.model_dump_json()
+            )
+        handles = list(self._running.values())
+        done = set(ray.wait(handles, num_returns=len(handles), timeout=_POLL_SECONDS)[0])
+        self._running = {k: handle for k, handle in self._running.items() if handle not in done}
+        return task not in self._running and all(run.id != task for run in self._waiting)
 
 
 def train(url: str, task: str, need: str) -> bool:
@@ -69,6 +85,9 @@ def train(url: str, task: str, need: str) -> bool:
     return True
 
 
-def _finished(store: FeatureStore, task: Task) -> bool:
+def _epochs(store: FeatureStore, task: Task) -> int | None:
+    """Return how many epochs of a run are done; None where it is finished."""
     state = RunFolder(store.storage, task).load_state()
-    return state is not None and state.finished
+    if state is None:
+        return 0
+    return None if state.finished else len(state.history)

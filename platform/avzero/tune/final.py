@@ -21,7 +21,7 @@ from avzero.train.records import Epoch, Result, TrainingFailed
 from avzero.tune.ahead import Ahead
 from avzero.tune.listener import FinalView, Listener
 from avzero.tune.space import Group
-from avzero.tune.sweep import Sweep, check_placement
+from avzero.tune.sweep import Sweep, check_placement, fits
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,13 @@ def run_final(
     need = job.resources.model_copy(update={"workers": job.test.workers})
     if plan.pending and (on_cluster or need.workers > 1):
         check_placement(job, need)
+    room = fits(need) if need.workers == 1 else 1
+    slots = min(room, job.resources.concurrent or room)
     # With ``pipeline`` stage 2 follows a stage 1 that has not run yet: one after the other.
-    seeds = [] if job.test.reseed == "pipeline" else list(plan.runs())
+    runs = list(plan.runs())
+    seeds = [] if job.test.reseed == "pipeline" else runs
     tasks = [frozen.stage_2_task(seed) for _, frozen, seed in seeds]
-    ahead = Ahead(plan.sweep.store, tasks, need)
+    ahead = Ahead(plan.sweep.store, tasks, need, slots)
     for group, frozen, seed in plan.runs():
         if job.test.reseed == "pipeline" and seed != frozen.task.seed:
             task = _reseeded(frozen, seed)

@@ -7,16 +7,18 @@ the same file with the same settings is never opened twice.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,7 +31,7 @@ from avzero.errors import UserError
 from avzero.models._contract import Model
 from avzero.models._registry import build, model_class, model_files
 from avzero.protocol.seal import Frozen
-from avzero.spec import Job, Task, TextAlignment, validate
+from avzero.spec import Job, Task, TextAlignment, read_yaml, validate
 from avzero.train.data import StageData
 from avzero.train.folder import RunFolder
 from avzero.train.outcome import conclude_stage_1, score_test
@@ -48,8 +50,32 @@ _UNREADABLE = (
     AttributeError,
     TypeError,
     ImportError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
 )
 """Everything torch.load and safetensors raise on files that are something else, or damaged."""
+_PLAIN = frozenset(
+    {
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+    }
+)
+"""What entries of a checkpoint may be; what is a weight must be floating (``load_strictly``)."""
+_LONG, _HEAD = 120, 60
+"""Characters of a file's text that are shown as they are; and of what is longer, or worse."""
+_LISTED = 6
+_MOST_EPOCHS = 10**6
+"""A larger epoch is nonsense, and treated as not stated."""
 _PROBE = 256
 """Training rows a checkpoint must turn into numbers before TEST may be opened for it."""
 
@@ -70,7 +96,8 @@ class Checkpoint:
         """Return what it is, for people."""
         epoch = f"epoch {self.epoch + 1}" if self.epoch >= 0 else "epoch not stated"
         metric = f", chosen by {self.metric}" if self.metric else ""
-        return f"{self.path.name}: {len(self.state)} tensors, {epoch}{metric}, {self.sha256[:16]}"
+        tensors = f"{len(self.state)} tensors"
+        return f"{shown(self.path.name)}: {tensors}, {epoch}{metric}, {self.sha256[:16]}"
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -80,35 +107,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
     ``.safetensors`` file.
 
     Raises:
-        UserError: no such file, none of these, or weights that are NaN or infinite.
+        UserError: no such file, none of these, a tensor that is no plain array, or weights that
+            are NaN or infinite.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            data: Any = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                data = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    except _UNREADABLE as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f" (it asks for {asked[1]})" if asked else ""
-        raise UserError(
-            f"{path}: not a checkpoint that can be read without running code from it{why}; give "
-            "a .pt file with a 'model' state dict, a plain state dict, or a .safetensors file"
-        ) from error
+    data = _load(path)
     whole = data if isinstance(data, Mapping) else {}
     state = whole.get("model", whole)
     if not isinstance(state, Mapping) or not state or not all(_named(*i) for i in state.items()):
-        has = ", ".join(str(key) for key in list(whole)[:6]) or type(data).__name__
+        keys = (shown(key) if isinstance(key, str) else type(key).__name__ for key in whole)
+        has = ", ".join(islice(keys, _LISTED)) or type(data).__name__
         raise UserError(
             f"{path}: no state dict: expected named tensors, or an entry 'model' with them; it "
             f"has {has}"
         )
     for key, value in state.items():
+        if shown(key) != key:
+            raise UserError(f"{path}: {shown(key)} is no name of a weight")
+        odd = _oddity(value)
+        if odd:
+            raise UserError(f"{path}: {key} is {odd}; save it as a plain float32 tensor on the CPU")
         if not torch.isfinite(value).all():
             raise UserError(f"{path}: {key} is not finite; the file's training diverged")
     epoch, metric = whole.get("epoch"), whole.get("metric")
@@ -116,9 +135,32 @@ def read_checkpoint(path: Path) -> Checkpoint:
         path,
         sha256_file(path),
         dict(state),
-        epoch - 1 if isinstance(epoch, int) and epoch > 0 else -1,
-        metric if isinstance(metric, str) else "",
+        epoch - 1 if type(epoch) is int and 0 < epoch <= _MOST_EPOCHS else -1,
+        shown(metric) if isinstance(metric, str) else "",
     )
+
+
+def _load(path: Path) -> Any:
+    """Return what a file holds, whatever that is.
+
+    Raises:
+        UserError: it cannot be read without running code from it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except _UNREADABLE as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = f" (it asks for {shown(asked[1])})" if asked else ""
+        raise UserError(
+            f"{path}: not a checkpoint that can be read without running code from it{why}; give "
+            "a .pt file with a 'model' state dict, a plain state dict, or a .safetensors file"
+        ) from error
 
 
 def _named(key: object, value: object) -> bool:
@@ -126,21 +168,50 @@ def _named(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor)
 
 
+def _oddity(value: Tensor) -> str:
+    """Return why a tensor is no plain array of numbers held by the file; empty where it is one.
+
+    Sparse, quantised and meta tensors have no numbers to look at. One element can pretend to be
+    any number of them: the file is small, the copy is not.
+    """
+    if value.layout is not torch.strided or value.is_nested:
+        return f"a {'nested' if value.is_nested else _kind(value.layout)} tensor"
+    if value.device.type != "cpu":
+        return f"a tensor on {value.device}, without values"
+    if value.dtype not in _PLAIN:
+        return f"of type {_kind(value.dtype)}"
+    held = value.untyped_storage().nbytes()
+    if math.prod(value.shape) * value.element_size() > held:
+        return f"{list(value.shape)}, more than the {held} bytes stored for it"
+    return ""
+
+
+def _kind(value: torch.layout | torch.dtype) -> str:
+    """Return the name of a layout or type without the library's."""
+    return str(value).removeprefix("torch.")
+
+
+def shown(text: str) -> str:
+    """Return text of a file as people may see it: no escape codes, no further lines, not long."""
+    if text.isprintable() and len(text) <= _LONG:
+        return text
+    return repr(text[:_HEAD])
+
+
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """Return hyperparameters written as ``key=value``.
 
     Raises:
-        UserError: an entry is no such pair.
+        UserError: an entry is no such pair, or a name is given twice.
     """
     values: dict[str, Any] = {}
     for pair in pairs:
         key, sep, text = pair.partition("=")
         if not sep or not key:
             raise UserError(f"--set {pair}: write key=value")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {pair}: the value is not valid YAML") from error
+        if key in values:
+            raise UserError(f"--set {pair}: {key} is given twice")
+        values[key] = read_yaml(text, f"--set {shown(pair)}")
     return values
 
 
@@ -316,7 +387,7 @@ class Import:
         state = folder.load_state()
         if state is None or not state.finished:
             record = {
-                "file": checkpoint.path.name,
+                "file": shown(checkpoint.path.name),
                 "sha256": checkpoint.sha256,
                 "epoch": checkpoint.epoch,
                 "metric": checkpoint.metric,

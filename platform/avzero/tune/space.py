@@ -19,9 +19,11 @@ from optuna.distributions import (
 )
 from pydantic import Field
 
+from avzero.canon import canonical
 from avzero.data.benchmark import BenchmarkInfo
 from avzero.errors import UserError
-from avzero.models._registry import extra_folders, make_config, model_class
+from avzero.models._contract import Shapes
+from avzero.models._registry import extra_folders, make_config, model_class, outline
 from avzero.spec import TRAIN_FIELDS, Job, Strict, Task, TrainConfig, load_yaml, validate
 from avzero.train.data import require_features
 
@@ -87,7 +89,7 @@ class Group:
         own_text = self.protocol.text != job.protocol.text
         self.title = f"{benchmark.name}+{text}" if own_text else benchmark.name
         self.key = f"{self.title}--{model}"
-        require_features(model, benchmark)
+        require_features(model, benchmark, self.protocol)
         own = set(model_class(model).Config.model_fields)
         file = load_space(model)
         fixed = dict(job.train) | dict(job.fixed.get(model, {}))
@@ -108,15 +110,24 @@ class Group:
             if name not in fixed
         }
         self.published = _published(file, benchmark)
+        self._admit_published()
         self._base = file.defaults | (self.published.values if self.published else {}) | fixed
         self.start_points = self._start_points()
         self._check_values()
+
+    def _admit_published(self) -> None:
+        """Let a published value join the choices it is not among: only for its own dataset."""
+        for name, value in (self.published.values if self.published else {}).items():
+            known = self.distributions.get(name)
+            if isinstance(known, CategoricalDistribution) and value not in known.choices:
+                self.distributions[name] = CategoricalDistribution((*known.choices, value))
 
     def _start_points(self) -> list[dict[str, Any]]:
         """Return the configurations to try first: the published point, then the job's own."""
         preset, where = self.job.protocol.preset, f"job {self.job.name}: start point"
         model_defaults = make_config(self.model, {}, preset, where).model_dump()
-        defaults = TrainConfig().model_dump() | model_defaults | self._base
+        train = TrainConfig()
+        defaults = {k: getattr(train, k) for k in TRAIN_FIELDS} | model_defaults | self._base
         first = {name: defaults[name] for name in self.distributions}
         points = [first]
         for number, point in enumerate(self.job.search.points, start=1):
@@ -150,6 +161,23 @@ class Group:
                         f"job {self.job.name}: batch_size {task.train.batch_size} cannot be split "
                         f"evenly over {count} workers; choose multiples of {count}"
                     )
+        for config in {canonical(task.config): task.config for task in tasks}.values():
+            self._check_system(config)
+
+    def _check_system(self, config: dict[str, Any]) -> None:
+        """Refuse a system that cannot be built for this benchmark, or scored as the job asks."""
+        info, protocol = self.benchmark, self.protocol
+        width = info.class_vectors(protocol.text, protocol.text_alignment).shape[1]
+        own = model_class(self.model).Config.model_validate(config)
+        try:
+            model = outline(self.model, own, Shapes(dict(info.dims), width, info.temporal))
+        except UserError as error:
+            raise UserError(f"job {self.job.name}: {self.key}: {error}") from error
+        if protocol.calibration == "scaled" and not model.lengths:
+            raise UserError(
+                f"job {self.job.name}: {self.model} compares logits or products, which calibration "
+                "scaled has no unit for; use calibration: absolute"
+            )
 
     def task(self, values: Mapping[str, Any]) -> Task:
         """Return the stage-1 run of a configuration (values of the searched names)."""

@@ -205,6 +205,8 @@ class GroupStudy:
     def report(self, view: TrialView, epoch: Epoch) -> bool:
         """Record an epoch; return whether the trial should be stopped early."""
         view.epochs.append(epoch)
+        if not epoch.val:
+            return False
         trial = self._live[view.number]
         step = epoch.epoch + 1
         if step not in self._trials()[view.number].intermediate_values:

@@ -77,8 +77,10 @@ class Sweep:
 
     def _info(self, reference: str, earlier: dict[str, Any]) -> BenchmarkInfo:
         """Return a benchmark; a sweep stays with the version its earlier trials used."""
-        digest = earlier.get("benchmarks", {}).get(reference)
+        # The same benchmark with another text set is pinned to the same version.
         name = self.job.text_of(reference)[0]
+        pinned = {self.job.text_of(k)[0]: v for k, v in earlier.get("benchmarks", {}).items()}
+        digest = pinned.get(name)
         return self.store.info(name if digest is None else f"{name.partition('@')[0]}@{digest}")
 
     def _check_groups(self) -> None:
@@ -156,8 +158,12 @@ class Sweep:
         for group in self.groups:
             if model_class(group.model).needs_nonnegative:
                 benchmark = self.store.open(group.benchmark.digest)
-                for point in group.start_points:
-                    StageData(benchmark, group.task(point), torch.device("cpu"))
+                rules = {
+                    task.config["input_scaling"]: task
+                    for task in map(group.task, group.start_points)
+                }
+                for task in rules.values():
+                    StageData(benchmark, task, torch.device("cpu"))
 
     def _run_missing(self) -> bool:
         done = self.done()
@@ -219,6 +225,21 @@ class Sweep:
         )
 
 
+def fits(need: Resources) -> int:
+    """Return how many runs of ``need`` the connected cluster holds at once; 0 without one."""
+    import ray
+
+    if not ray.is_initialized():
+        return 0
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    shares = [
+        int(have.get(name, 0) / (per_worker * need.workers))
+        for name, per_worker in (("CPU", need.cpus), ("GPU", need.gpus))
+        if per_worker
+    ]
+    return min(shares, default=1)
+
+
 def check_placement(job: Job, need: Resources) -> int:
     """Return how many runs of ``need`` the connected cluster holds at once.
 
@@ -228,18 +249,15 @@ def check_placement(job: Job, need: Resources) -> int:
     import ray
 
     have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    fits = []
     for name, per_worker in (("CPU", need.cpus), ("GPU", need.gpus)):
-        if per_worker:
-            fits.append(int(have.get(name, 0) / (per_worker * need.workers)))
-            if not fits[-1]:
-                raise UserError(
-                    f"job {job.name}: a run needs {per_worker * need.workers:g} {name} "
-                    f"(on {need.workers} worker{'s' * (need.workers > 1)}), "
-                    f"the cluster has {have.get(name, 0):g}; "
-                    "lower resources or workers, or add nodes"
-                )
-    return min(fits, default=1)
+        if per_worker and have.get(name, 0) < per_worker * need.workers:
+            raise UserError(
+                f"job {job.name}: a run needs {per_worker * need.workers:g} {name} "
+                f"(on {need.workers} worker{'s' * (need.workers > 1)}), "
+                f"the cluster has {have.get(name, 0):g}; "
+                "lower resources or workers, or add nodes"
+            )
+    return fits(need)
 
 
 def concurrency(job: Job) -> int:
