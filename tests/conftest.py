@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Explicit choices: without them Ray, MLflow and the AWS SDK behave as the machine happens to be.
@@ -30,6 +32,7 @@ os.environ.pop("AVZERO_PATH", None)
 import pytest
 import torch
 
+from avzero import cli
 from avzero.data.avca import read_avca
 from avzero.data.benchmark import Benchmark
 from avzero.data.simulate import simulate
@@ -41,6 +44,12 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+LAYOUTS = ("clipclap", "temporal")
+"""Kinds of pickled releases."""
+
+Run = Callable[..., tuple[int, str, str]]
+"""What runs a command line: see ``avzero``."""
 
 SMALL: dict[str, dict[str, object]] = {
     "avca": {"encoder_hidden": 32, "proj_hidden": 32},
@@ -71,10 +80,25 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny simulated release of each pickled kind; copy it before changing it."""
     folder = tmp_path_factory.mktemp("pickled")
-    return {
-        kind: simulate(folder / kind / "TINY", "tiny", layout=kind)
-        for kind in ("clipclap", "temporal")
-    }
+    return {kind: simulate(folder / kind / "TINY", "tiny", layout=kind) for kind in LAYOUTS}
+
+
+@pytest.fixture(params=LAYOUTS)
+def copy(request: pytest.FixtureRequest, releases: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of each kind of release, in turn, that a test may damage."""
+    return Path(shutil.copytree(releases[request.param], tmp_path / "TINY"))
+
+
+@pytest.fixture
+def clips(releases: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the release of CLIP and CLAP vectors."""
+    return Path(shutil.copytree(releases["clipclap"], tmp_path / "TINY"))
+
+
+@pytest.fixture
+def steps(releases: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the release of sequences."""
+    return Path(shutil.copytree(releases["temporal"], tmp_path / "TINY"))
 
 
 @pytest.fixture(scope="session")
@@ -124,3 +148,20 @@ def place(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweeps")
     FeatureStore(str(folder / "store")).put(read_avca(release, "tiny", "main", name="tiny"))
     return folder
+
+
+@pytest.fixture
+def avzero(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process; return (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["avzero", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,15 +9,21 @@ from torch import Tensor
 
 from avzero.data.benchmark import Benchmark
 from avzero.errors import UserError
-from avzero.models._contract import Batch, Context, Shapes
+from avzero.models._contract import Batch, Shapes
 from avzero.models._generative import Table, contrastive, fit_softmax
 from avzero.models._layers import number_sites
 from avzero.models.avfs import AVFS, LATENT, AVFSConfig
-from avzero.protocol.counter import fold, site_keys
 from avzero.train.data import StageData
 from tests.conftest import make_task
+from tests.toys import (
+    SMALL,
+    assert_passes_reach,
+    assert_workers_average,
+    drawing,
+    seen_rows,
+    small_batch,
+)
 
-SMALL = Shapes({"audio": 5, "video": 6}, 7)
 PARTS = ("critic", "generator")
 
 
@@ -32,23 +36,6 @@ def build(shapes: Shapes = SMALL, **values: object) -> AVFS:
         for parameter in model.parameters():
             parameter.normal_(0, 0.4)
     return model
-
-
-def batch(rows: int = 8, classes: int = 3) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    table = F.normalize(draw(classes, SMALL.text), dim=1)
-    label = torch.stack([torch.arange(rows) % classes, (torch.arange(rows) + 1) % classes], 1)
-    features = {m: draw(rows, 2, d) for m, d in SMALL.features.items()}
-    return Batch(features, table[label], label, table)
-
-
-def context(part: str, world: object = None) -> Context:
-    keys = site_keys(fold(3), 1, 3, torch.device("cpu"))[0]
-    return Context(keys, world, part)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +96,7 @@ def plain_terms(model: AVFS, data: Batch, tau: float) -> dict[str, Tensor]:
     s = model.state_dict()
     text, label = data.text[:, 0], data.label[:, 0]
     x = torch.cat([data.features["video"][:, 0], data.features["audio"][:, 0]], 1)
-    ctx = context("")
+    ctx = drawing()
     eps, alpha = model.noise(x, LATENT, ctx), model.alpha(x, 1, ctx)
 
     def linear(name: str, rows: Tensor) -> Tensor:
@@ -149,8 +136,8 @@ def plain_terms(model: AVFS, data: Batch, tau: float) -> dict[str, Tensor]:
 
 def test_terms_are_those_of_the_specification() -> None:
     model = build(gp_weight=5, l1_contrastive=0.3, l2_discriminative=0.6, tau=0.2)
-    data = batch()
-    ours = {k: v for part in PARTS for k, v in model.loss(data, context(part)).items()}
+    data = small_batch()
+    ours = {k: v for part in PARTS for k, v in model.loss(data, drawing(part)).items()}
     expected = plain_terms(model, data, 0.2)
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
@@ -158,29 +145,25 @@ def test_terms_are_those_of_the_specification() -> None:
 
 
 def test_vae_branch() -> None:
-    model, data = build(use_vae=True), batch()
+    model, data = build(use_vae=True), small_batch()
     assert model.Q is not None and model.eps is not None
-    terms = model.loss(data, context("generator"))
+    terms = model.loss(data, drawing("generator"))
     text = data.text[:, 0]
     x = torch.cat([data.features["video"][:, 0], data.features["audio"][:, 0]], 1)
     mean, log_var = model.Q(x, text)
-    code = mean + model.eps(x, LATENT, context("")) * torch.exp(log_var / 2)
+    code = mean + model.eps(x, LATENT, drawing()) * torch.exp(log_var / 2)
     hidden = F.leaky_relu(model.G["0"](torch.cat([code, text], 1)), 0.2)
     rebuilt = model.G["2"](hidden).clamp(min=0)
     kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(1).mean()
     torch.testing.assert_close(terms["rec"], ((rebuilt - x) ** 2).sum(1).mean())
     torch.testing.assert_close(terms["kl"], kl)
-    assert "rec" not in build().loss(data, context("generator"))
+    assert "rec" not in build().loss(data, drawing("generator"))
 
 
 @pytest.mark.parametrize("use_vae", [False, True])
 def test_a_pass_reaches_its_own_networks_only(use_vae: bool) -> None:
-    model, data = build(use_vae=use_vae), batch()
-    for part, reached in zip(PARTS, (("D.", "E.", "P.", "C."), ("G.", "Q.")), strict=True):
-        model.zero_grad(set_to_none=True)
-        torch.stack(list(model.loss(data, context(part)).values())).sum().backward()
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is not None) == name.startswith(reached), (part, name)
+    reached = {"critic": ("D.", "E.", "P.", "C."), "generator": ("G.", "Q.")}
+    assert_passes_reach(build(use_vae=use_vae), small_batch(), reached)
 
 
 def test_passes() -> None:
@@ -189,75 +172,25 @@ def test_passes() -> None:
     assert all(model.passes(s)[0] == "critic" for s in range(9))
 
 
-class World:
-    """One of two workers: a first run records what it would send, a second one receives."""
-
-    size = 2
-
-    def __init__(self, rank: int, sent: dict[int, list[Tensor]]) -> None:
-        self.rank, self.sent, self.calls = rank, sent, 0
-        self.recording = rank not in sent
-        sent.setdefault(rank, [])
-
-    def sum(self, values: Tensor) -> Tensor:
-        raise AssertionError("not needed")
-
-    def gather(self, values: Tensor) -> Tensor:
-        if self.recording:
-            self.sent[self.rank].append(values.detach())
-            return torch.cat([values, values])
-        other = self.sent[1 - self.rank][self.calls]
-        self.calls += 1
-        return torch.cat([values, other] if self.rank == 0 else [other, values])
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_two_workers_average_to_the_terms_of_one(part: str) -> None:
-    model, data = build(), batch(8)
-    whole = model.loss(data, context(part))
-    sent: dict[int, list[Tensor]] = {}
-
-    def share(rank: int) -> dict[str, Tensor]:
-        mine = slice(4 * rank, 4 * rank + 4)
-        features = {m: f[mine] for m, f in data.features.items()}
-        half = Batch(features, data.text[mine], data.label[mine], data.class_text)
-        return model.loss(half, context(part, World(rank, sent)))
-
-    for rank in range(2):
-        share(rank)
-    halves = [share(rank) for rank in range(2)]
-    for name, value in whole.items():
-        torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, value)
-
-
-class Rows:
-    """Training rows of seen classes, in blocks."""
-
-    def __init__(self, features: Mapping[str, Tensor], label: Tensor, seed: int = 5) -> None:
-        self.features, self.label, self.seed = features, label, seed
-
-    def blocks(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for start in range(0, len(self.label), 5):
-            part = slice(start, start + 5)
-            yield {m: x[part] for m, x in self.features.items()}, self.label[part]
+    assert_workers_average(build(), small_batch(), part)
 
 
 def test_candidates() -> None:
     """One classifier over all classes; the same seed gives the same, another seed another."""
-    model, data = build(n_syn=6, classifier_epochs=3), batch(12)
-    seen = data.label[:, 0] < 2
-    features = {m: f[:, 0][seen] for m, f in data.features.items()}
-    label = data.label[:, 0][seen]
-    table = model.candidates(data.class_text, 2, Rows(features, label))
+    model, data = build(n_syn=6, classifier_epochs=3), small_batch(12)
+    rows = seen_rows(data, 2)
+    table = model.candidates(data.class_text, 2, rows)
     assert table.shape == (3, 8 + 1) and not table.requires_grad
     torch.manual_seed(77)
-    assert torch.equal(model.candidates(data.class_text, 2, Rows(features, label)), table)
-    assert not torch.equal(model.candidates(data.class_text, 2, Rows(features, label, 6)), table)
-    x = torch.cat([features["video"], features["audio"]], 1)
+    assert torch.equal(model.candidates(data.class_text, 2, rows), table)
+    assert not torch.equal(model.candidates(data.class_text, 2, seen_rows(data, 2, 6)), table)
+    x = torch.cat([rows.features["video"], rows.features["audio"]], 1)
     embedded = (x @ model.E["0"].weight.T + model.E["0"].bias).clamp(min=0)
     logits = embedded @ table[:, :-1].T + table[:, -1]
     for squared in (False, True):
-        found = model.distances(model.embed(features), table, squared)
+        found = model.distances(model.embed(rows.features), table, squared)
         torch.testing.assert_close(found["both"], -logits)
 
 

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from avzero import cli
+from tests.conftest import Run
 
 JOB = "name: x\nbenchmarks: [tiny]\nmodels: [avca]\nstore: {store}\ntracking: {{uri: 'off'}}\n"
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def avzero(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process; return (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["avzero", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_simulate_ingest_and_look(avzero: Run, tmp_path: Path) -> None:
@@ -63,15 +41,6 @@ def test_simulate_ingest_and_look(avzero: Run, tmp_path: Path) -> None:
     blob.write_bytes(blob.read_bytes()[:-1] + b"!")
     code, _, err = avzero("data", "verify", "--store", store)
     assert code == 2 and blob.name[:12] in err
-
-
-def test_models(avzero: Run) -> None:
-    code, out, _ = avzero("models")
-    assert code == 0 and "AVCA" in out and "2022" in out
-    code, out, _ = avzero("models", "avca")
-    assert "bn_legacy_updates" in out and "ActivityNet cls" in out
-    code, _, err = avzero("models", "nothing")
-    assert code == 2 and err.startswith("avzero: no system 'nothing'")
 
 
 @pytest.mark.parametrize(

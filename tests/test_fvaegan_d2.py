@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,12 +13,19 @@ from avzero.models._contract import Batch, Context, Shapes
 from avzero.models._generative import Table, criticise, fit_softmax, gradient_penalty
 from avzero.models._layers import number_sites
 from avzero.models.fvaegan_d2 import FVAEGAN, FVAEGANConfig
-from avzero.protocol.counter import fold, site_keys
 from avzero.train.data import StageData
 from tests import parity
 from tests.conftest import make_task
-
-SMALL = Shapes({"audio": 5, "video": 6}, 7)
+from tests.toys import (
+    SMALL,
+    Rows,
+    assert_passes_reach,
+    assert_workers_average,
+    drawing,
+    seen_rows,
+    small_batch,
+    total,
+)
 
 
 def build(shapes: Shapes = SMALL, **values: object) -> FVAEGAN:
@@ -28,22 +33,6 @@ def build(shapes: Shapes = SMALL, **values: object) -> FVAEGAN:
     model = FVAEGAN(FVAEGANConfig.model_validate(values), shapes).double()
     number_sites(model)
     return model
-
-
-def batch(rows: int = 8, shapes: Shapes = SMALL) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    table = F.normalize(draw(3, shapes.text), dim=1)
-    label = torch.stack([torch.arange(rows) % 3, (torch.arange(rows) + 1) % 3], 1)
-    features = {m: draw(rows, 2, d) for m, d in shapes.features.items()}
-    return Batch(features, table[label], label, table)
-
-
-def keys() -> Tensor:
-    return site_keys(fold(3), 1, 4, torch.device("cpu"))[0]
 
 
 class Given(nn.Module):
@@ -103,8 +92,7 @@ def test_parity() -> None:
     terms = model.loss(data, context._replace(part="generator"))
     parity.assert_close("bce", terms["bce"].item(), golden["bce_sum"])
     parity.assert_close("kl", terms["kl"].item(), golden["kld_sum"])
-    total = torch.stack(list(terms.values())).sum().item()
-    parity.assert_close("generator_encoder", total, golden["generator_encoder_loss"])
+    parity.assert_close("generator_encoder", total(terms).item(), golden["generator_encoder_loss"])
 
 
 @pytest.mark.parametrize(
@@ -153,22 +141,17 @@ def test_passes() -> None:
 
 
 def test_a_pass_reaches_its_own_networks_only() -> None:
-    model, data = build(), batch()
-    for part, reached in (("critic", ("netD.", "netD2.")), ("generator", ("netG.", "Encoder."))):
-        model.zero_grad(set_to_none=True)
-        terms = model.loss(data, Context(keys(), None, part))
-        torch.stack(list(terms.values())).sum().backward()
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is not None) == name.startswith(reached), (part, name)
+    reached = {"critic": ("netD.", "netD2."), "generator": ("netG.", "Encoder.")}
+    assert_passes_reach(build(), small_batch(), reached)
 
 
 def test_terms_are_those_of_the_specification() -> None:
     """Section 2 written out once more, with plain loops over rows, on a small case."""
-    model, data = build(gan_weight=3, lambda_gp=7, ud_weight=0.5, vae_weight=2), batch(4)
+    model, data = build(gan_weight=3, lambda_gp=7, ud_weight=0.5, vae_weight=2), small_batch(4)
     text = data.text[:, 0]
     x = torch.cat([data.features["audio"][:, 0], data.features["video"][:, 0]], 1)
     x = x / x.norm(dim=1, keepdim=True)
-    context = Context(keys())
+    context = drawing()
     noise, eps = model.noise(x, 300, context), model.eps(x, 300, context)
     alpha, alpha2 = model.alpha(x, 1, context), model.alpha2(x, 1, context)
     state = model.state_dict()
@@ -220,64 +203,24 @@ def test_terms_are_those_of_the_specification() -> None:
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
-class World:
-    """A worker of two; this system exchanges nothing but gradients."""
-
-    size = 2
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def sum(self, values: Tensor) -> Tensor:
-        raise AssertionError("not needed")
-
-    gather = sum
-
-
 @pytest.mark.parametrize("part", ["critic", "generator"])
 def test_two_workers_average_to_the_terms_of_one(part: str) -> None:
-    model, data = build(), batch(8)
-    whole = model.loss(data, Context(keys(), None, part))
-    halves = []
-    for rank in range(2):
-        mine = slice(4 * rank, 4 * rank + 4)
-        share = Batch(
-            {m: f[mine] for m, f in data.features.items()},
-            data.text[mine],
-            data.label[mine],
-            data.class_text,
-        )
-        halves.append(model.loss(share, Context(keys(), World(rank), part)))
-    for name, value in whole.items():
-        torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, value)
-
-
-class Rows:
-    """Training rows of seen classes, in blocks."""
-
-    def __init__(self, features: Mapping[str, Tensor], label: Tensor, seed: int = 5) -> None:
-        self.features, self.label, self.seed = features, label, seed
-
-    def blocks(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for start in range(0, len(self.label), 5):
-            part = slice(start, start + 5)
-            yield {m: x[part] for m, x in self.features.items()}, self.label[part]
+    sent = assert_workers_average(build(), small_batch(), part)
+    assert sent == {0: [], 1: []}, "this system exchanges nothing but gradients"
 
 
 def test_candidates() -> None:
     """Two classifiers; the same seed gives the same ones, another seed others."""
-    model, data = build(syn_num=6, classifier_epochs=3, hidden_G=16, hidden_D=16), batch(12)
-    seen = data.label[:, 0] < 2
-    features = {m: f[:, 0][seen] for m, f in data.features.items()}
-    label = data.label[:, 0][seen]
-    table = model.candidates(data.class_text, 2, Rows(features, label))
+    model, data = build(syn_num=6, classifier_epochs=3, hidden_G=16, hidden_D=16), small_batch(12)
+    rows = seen_rows(data, 2)
+    table = model.candidates(data.class_text, 2, rows)
     assert table.shape == (3 + 1, 5 + 6 + 1) and not table.requires_grad
     torch.manual_seed(77)
-    again = model.candidates(data.class_text, 2, Rows(features, label))
+    again = model.candidates(data.class_text, 2, rows)
     assert torch.equal(table, again)
-    other = model.candidates(data.class_text, 2, Rows(features, label, seed=6))
+    other = model.candidates(data.class_text, 2, seen_rows(data, 2, seed=6))
     assert not torch.allclose(table, other)
-    samples = model.embed(features)
+    samples = model.embed(rows.features)
     logits = samples["x"][:, :-1] @ table[:, :-1].T + table[:, -1]
     for squared in (False, True):
         found = model.distances(samples, table, squared)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avzero import cli
 from avzero.data.avca import read_avca
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
@@ -27,29 +25,11 @@ from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
 from avzero.train.outcome import conclude_stage_1, score_test
 from avzero.tune.imported import SWEEP, Import, parse_settings, read_checkpoint
-from tests.conftest import SMALL, make_task
+from tests.conftest import SMALL, Run, make_task
 
-Run = Callable[..., tuple[int, str, str]]
 SMALL_AVCA = SMALL["avca"]
 COMPAT = Protocol.model_validate({"preset": "compat"})
 SETTINGS = ["--set", "encoder_hidden=32", "--set", "proj_hidden=32"]
-
-
-@pytest.fixture
-def avzero(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process; return (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["avzero", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def task_of(store: FeatureStore, model: str = "avca", **values: object) -> Task:
@@ -100,6 +80,12 @@ def openings(place: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["sweep"] == SWEEP]
 
 
+def importing(place: Path, path: Path) -> tuple[object, ...]:
+    """The command that imports a file of an AVCA, without its settings."""
+    at = ("--store", place / "store")
+    return ("import-checkpoint", path, "--model", "avca", "--benchmark", "tiny", *at)
+
+
 def test_scores_are_those_of_the_run_it_came_from(
     avzero: Run, place: Path, trained: dict[str, Any]
 ) -> None:
@@ -123,19 +109,15 @@ def test_scores_are_those_of_the_run_it_came_from(
     assert record["file"] == "AVCA_score_stage2.pt" and record["metric"] == "score"
     assert json.loads((folder / "task.json").read_text())["weights"] == record["sha256"]
     # Again, from the command line: nothing is opened.
-    again = avzero(
-        *("import-checkpoint", trained["stage2"], "--model", "avca", "--benchmark", "tiny"),
-        *("--stage1", trained["stage1"], "--store", place / "store", *SETTINGS),
-    )
+    again = avzero(*importing(place, trained["stage2"]), "--stage1", trained["stage1"], *SETTINGS)
     assert again[0] == 0 and "TEST was not opened again" in again[1]
     assert len(openings(place)) == 1
 
 
 def test_command_line(avzero: Run, place: Path, trained: dict[str, Any]) -> None:
-    command = ("import-checkpoint", trained["stage2"], "--model", "avca", "--benchmark", "tiny")
-    at = ("--store", place / "store", *SETTINGS)
+    command = (*importing(place, trained["stage2"]), *SETTINGS)
     before = len(openings(place))
-    code, out, err = avzero(*command, *at, "--no-test")
+    code, out, err = avzero(*command, "--no-test")
     assert code == 0 and err == "" and len(openings(place)) == before
     assert "AVCA on tiny. AVCA_score_stage2.pt: " in out and "chosen by score" in out
     assert "defaults of avca; no point is published for TINY" in out
@@ -144,13 +126,13 @@ def test_command_line(avzero: Run, place: Path, trained: dict[str, Any]) -> None
     assert "--alignment by_class" in out
     assert "Warning: beta comes from VAL scored with this file's own weights." in out
     assert "VAL   both" in out and "VAL   mAP text -> both" in out and "TEST  both" not in out
-    code, out, _ = avzero(*command, *at)
+    code, out, _ = avzero(*command)
     assert code == 0 and "TEST  both" in out and len(openings(place)) == before + 1
     # Another setting is another result, and another line in the ledger.
-    code, out, _ = avzero(*command, *at, "--alignment", "by_class")
+    code, out, _ = avzero(*command, "--alignment", "by_class")
     assert code == 0 and "every class has its own vector" in out
     assert len(openings(place)) == before + 2
-    code, out, _ = avzero(*command, "--stage1", trained["stage1"], *at, "--no-test")
+    code, out, _ = avzero(*command, "--stage1", trained["stage1"], "--no-test")
     assert "Beta comes from VAL with stage 1. AVCA_score_stage1.pt" in out and "Warning" not in out
 
 
@@ -286,10 +268,7 @@ def test_refusals_are_one_line(
 ) -> None:
     bad_files(tmp_path, FeatureStore(str(place / "store")))
     before, lines = sorted((place / "store").rglob("*")), len(openings(place))
-    code, out, err = avzero(
-        *("import-checkpoint", tmp_path / name, "--model", "avca", "--benchmark", "tiny"),
-        *("--store", place / "store", *SETTINGS),
-    )
+    code, out, err = avzero(*importing(place, tmp_path / name), *SETTINGS)
     assert code == 2 and message in err and err.startswith("avzero: ")
     assert err.count("\n") == 1 and out == ""
     assert sorted((place / "store").rglob("*")) == before and len(openings(place)) == lines
@@ -364,10 +343,7 @@ def test_odd_tensors_are_refused_by_name(
     make, message = ODD_TENSORS[odd]
     state = fresh(FeatureStore(str(place / "store"))).state_dict()
     torch.save(dict(state) | {"D.fc.0.bias": make()}, tmp_path / "x.pt")
-    code, out, err = avzero(
-        *("import-checkpoint", tmp_path / "x.pt", "--model", "avca", "--benchmark", "tiny"),
-        *("--store", place / "store", *SETTINGS),
-    )
+    code, out, err = avzero(*importing(place, tmp_path / "x.pt"), *SETTINGS)
     assert code == 2 and err.startswith("avzero: ") and err.count("\n") == 1 and out == ""
     assert f"x.pt: D.fc.0.bias is {message}" in err
 
@@ -379,10 +355,7 @@ def test_weights_must_be_floating_point(
     state = dict(fresh(FeatureStore(str(place / "store"))).state_dict())
     state["D.fc.0.bias"] = state["D.fc.0.bias"].to(getattr(torch, kind))
     torch.save(released(state), tmp_path / "x.pt")
-    code, out, err = avzero(
-        *("import-checkpoint", tmp_path / "x.pt", "--model", "avca", "--benchmark", "tiny"),
-        *("--store", place / "store", *SETTINGS),
-    )
+    code, out, err = avzero(*importing(place, tmp_path / "x.pt"), *SETTINGS)
     assert code == 2 and err.count("\n") == 1 and out == ""
     assert f"D.fc.0.bias is {kind}, expected float32" in err
 
@@ -409,10 +382,7 @@ def test_complex_weights_do_not_load_even_past_the_reader(place: Path) -> None:
 def test_settings_that_yaml_stumbles_over(
     avzero: Run, place: Path, trained: dict[str, Any], setting: str, message: str
 ) -> None:
-    code, out, err = avzero(
-        *("import-checkpoint", trained["stage2"], "--model", "avca", "--benchmark", "tiny"),
-        *("--store", place / "store", "--set", setting),
-    )
+    code, out, err = avzero(*importing(place, trained["stage2"]), "--set", setting)
     assert code == 2 and message in err and out == ""
     assert err.startswith("avzero: ") and err.count("\n") == 1 and len(err) < 400
 

@@ -5,37 +5,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from avzero import cli
 from avzero.models._registry import model_class, model_files
 from avzero.report.systems import all_systems, describe, in_full, overview
 from avzero.tune.space import load_space
+from tests.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]
 SYSTEMS = list(model_files())
-
-
-@pytest.fixture
-def avzero(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process; return (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["avzero", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def shown(width: int, *parts: object) -> list[str]:
@@ -102,6 +83,7 @@ def test_overview_fits(width: int, columns: str) -> None:
 def test_command(avzero: Run) -> None:
     code, out, _ = avzero("models")
     assert code == 0 and all(f"{name} " in out for name in SYSTEMS)
+    assert "AVCA" in out and "2022" in out
     code, out, _ = avzero("models", "avca")
     assert code == 0 and "cross-modal attention" in out and "Option: train_pos_emb (P-10)" in out
     assert "main 1,693,108, cls 3,331,508" in out and "Fixture: avca_main" in out

@@ -101,6 +101,23 @@ def test_a_file_with_two_systems_is_refused(own: Path) -> None:
         model_class("twice")
 
 
+@pytest.mark.parametrize(
+    ("line", "other", "message"),
+    [
+        ("card = Card(", "title = Card(", r"part\.py: Own needs a card: card = Card\(title"),
+        ("Config = OwnConfig", "Config = dict", r"part\.py: Own needs a Config: a subclass"),
+        ("Config = OwnConfig", "config = OwnConfig", r"part\.py: Own needs a Config"),
+    ],
+)
+def test_a_system_without_its_card_or_config_is_refused(
+    own: Path, line: str, other: str, message: str
+) -> None:
+    assert MODEL.count(line) == 1
+    (own / "models" / "part.py").write_text(MODEL.replace(line, other))
+    with pytest.raises(UserError, match=message):
+        model_class("part")
+
+
 @pytest.mark.ray
 def test_it_is_listed_and_sweeps(own: Path, release: Path) -> None:
     """The commands themselves, on a Ray cluster of their own that has seen AVZERO_PATH."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avzero import cli
 from avzero.data.avca import read_avca
 from avzero.data.benchmark import AUDIO, Role
 from avzero.errors import UserError
+from tests.conftest import Run
 from tests.pickles import FOLDER, change, class_file, expect
-
-LAYOUTS = ("clipclap", "temporal")
-
-
-@pytest.fixture(params=LAYOUTS)
-def copy(request: pytest.FixtureRequest, releases: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of each kind of release, in turn, that a test may damage."""
-    return Path(shutil.copytree(releases[request.param], tmp_path / "TINY"))
-
-
-@pytest.fixture
-def clips(releases: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(releases["clipclap"], tmp_path / "TINY"))
-
-
-@pytest.fixture
-def steps(releases: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(releases["temporal"], tmp_path / "TINY"))
 
 
 @pytest.mark.parametrize(
@@ -149,25 +130,8 @@ def test_text_keys_must_agree(clips: Path) -> None:
     expect(clips, path.name, "text key 'Kind X' is not in", "/word_embeddings_ucf_normed.npy")
 
 
-def test_command_line(
-    releases: dict[str, Path],
-    steps: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_command_line(avzero: Run, releases: dict[str, Path], steps: Path, tmp_path: Path) -> None:
     """The commands of the README, and exit code 2 with one line for bad input."""
-
-    def avzero(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["avzero", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
     store = ("--store", tmp_path / "store")
     made = tmp_path / "MADE"
     assert avzero("simulate", made, "--size", "tiny", "--layout", "temporal")[0] == 0

@@ -19,9 +19,8 @@ from avzero.data.release import ReadOptions
 from avzero.data.simulate import simulate
 from avzero.errors import UserError
 from avzero.spec import TextAlignment
+from tests.conftest import LAYOUTS
 from tests.pickles import FOLDER, change, class_file, expect, load, row
-
-LAYOUTS = ("clipclap", "temporal")
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +31,6 @@ def temporal(releases: dict[str, Path]) -> RawBenchmark:
 @pytest.fixture(scope="module")
 def clipclap(releases: dict[str, Path]) -> RawBenchmark:
     return read_avca(releases["clipclap"], FOLDER, "cls")
-
-
-@pytest.fixture(params=LAYOUTS)
-def copy(request: pytest.FixtureRequest, releases: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of each kind of release, in turn, that a test may damage."""
-    return Path(shutil.copytree(releases[request.param], tmp_path / "TINY"))
-
-
-@pytest.fixture
-def clips(releases: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(releases["clipclap"], tmp_path / "TINY"))
-
-
-@pytest.fixture
-def steps(releases: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(releases["temporal"], tmp_path / "TINY"))
 
 
 # -- what a whole release gives -------------------------------------------------------------------

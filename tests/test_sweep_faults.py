@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from avzero.data.avca import read_avca
 from avzero.data.release import ReadOptions
@@ -282,34 +284,43 @@ def test_final_needs_a_finished_sweep(place: Path) -> None:
         freeze(run)
 
 
+def sweep_command(
+    place: Path, folder: Path, name: str, trials: int, **train: int
+) -> tuple[list[str], dict[str, Any]]:
+    """Write a job; return the command that sweeps it and what ``sweeps.sweep`` needs for it."""
+    changes = {
+        "name": name,
+        "train": SETTINGS["train"] | train,
+        "search": {"trials": trials, "pruner": "none", "sampler": "random"},
+    }
+    surroundings = {"store": str(place / "store"), "tracking": {"uri": "off"}}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | changes | surroundings))
+    return [sys.executable, "-m", "avzero.cli", "sweep", str(path)], changes
+
+
+def wait_until(ready: Callable[[], object], process: subprocess.Popen[Any]) -> None:
+    """Wait for what a running command is about to do; fail if it ends or takes two minutes."""
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
 def test_killed_driver_resumes(place: Path, tmp_path: Path) -> None:
     """SIGKILL the command in the middle; the same command trains nothing twice and ends whole."""
-    import yaml
-
-    settings = SETTINGS | {
-        "name": "killed",
-        "store": str(place / "store"),
-        "train": SETTINGS["train"] | {"epochs": 6, "batches_per_epoch": 30},
-        "search": {"trials": 4, "pruner": "none", "sampler": "random"},
-        "tracking": {"uri": "off"},
-    }
-    path = tmp_path / "killed.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "avzero.cli", "sweep", str(path)]
+    command, changes = sweep_command(place, tmp_path, "killed", 4, epochs=6, batches_per_epoch=30)
     storage = FeatureStore(str(place / "store")).storage
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
-    while not storage.keys("sweeps/killed/trials/"):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: storage.keys("sweeps/killed/trials/"), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     ended_before = len(storage.keys("sweeps/killed/trials/"))
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
     assert f"resumes: {ended_before} of 4 trials are done" in done.stdout
-    run = sweep(place, name="killed", train=settings["train"], search=settings["search"])
+    run = sweep(place, **changes)
     views = {view.number: view for view in run.done()}
     assert sorted(views) == [0, 1, 2, 3] and all(v.state == "complete" for v in views.values())
     assert len({v.task.id for v in views.values()}) == 4
@@ -318,24 +329,12 @@ def test_killed_driver_resumes(place: Path, tmp_path: Path) -> None:
 
 def test_interrupt_is_graceful(place: Path, tmp_path: Path) -> None:
     """Ctrl-C ends the command with a word on how to go on, and the trials go on where they were."""
-    import yaml
-
-    settings = SETTINGS | {
-        "name": "interrupted",
-        "store": str(place / "store"),
-        "train": SETTINGS["train"] | {"epochs": 40, "batches_per_epoch": 20},
-        "search": {"trials": 3, "pruner": "none", "sampler": "random"},
-        "tracking": {"uri": "off"},
-    }
-    path = tmp_path / "interrupted.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "avzero.cli", "sweep", str(path)]
+    command, changes = sweep_command(
+        place, tmp_path, "interrupted", 3, epochs=40, batches_per_epoch=20
+    )
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     storage = FeatureStore(str(place / "store")).storage
-    deadline = time.monotonic() + 120
-    while not _some_run_has_epochs(storage, 40, 3):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+    wait_until(lambda: _some_run_has_epochs(storage, 40, 3), process)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
@@ -346,7 +345,7 @@ def test_interrupt_is_graceful(place: Path, tmp_path: Path) -> None:
         if key.endswith("/state.json") and _planned(storage, key) == 40
     }
     assert stored and max(stored.values()) >= 3
-    run = sweep(place, name="interrupted", train=settings["train"], search=settings["search"])
+    run = sweep(place, **changes)
     assert run.remaining == 3
     with run.journal.exclusive():
         study = next(iter(run.studies.values()))

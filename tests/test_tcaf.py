@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -69,6 +69,37 @@ def test_parameter_counts(audio: int, video: int, values: dict[str, int], count:
     assert sum(p.numel() for p in model.parameters()) == count
 
 
+def plain_attention(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    kinds: list[int | None],
+    config: TCAFConfig,
+) -> Tensor:
+    """Return what each token takes from those it may attend to, one by one, [S, heads * d].
+
+    ``q``, ``k`` and ``v`` hold [S, d] per head; ``kinds`` the tokens' modalities, None for the
+    class token.
+    """
+    rows = []
+    for s, mine in enumerate(kinds):
+        seen = [
+            t
+            for t, other in enumerate(kinds)
+            if mine is None
+            or other is None
+            or config.attention == "full"
+            or (mine == other) == (config.attention == "self_only")
+        ]
+        parts = []
+        for head in range(config.heads):
+            logits = torch.stack([q[head][s] @ k[head][t] for t in seen]) / config.dim_head**0.5
+            weights = torch.softmax(logits, 0)
+            parts.append(sum(w * v[head][t] for w, t in zip(weights, seen, strict=True)))
+        rows.append(torch.cat(parts))  # type: ignore[arg-type]
+    return torch.stack(rows)
+
+
 def plain_theta(
     state: Mapping[str, Tensor],
     config: TCAFConfig,
@@ -99,7 +130,8 @@ def plain_theta(
 
     axis = 0 if config.video_norm_axis == "time" else 1
     inputs = [audio / 255, video / video.norm(dim=axis, keepdim=True)]
-    tokens, kinds = [state["cls_token"][0, 0]], [None]
+    tokens = [state["cls_token"][0, 0]]
+    kinds: list[int | None] = [None]
     at = "position_encoder_block"
     for m, (name, x) in enumerate(zip(("A_enc", "V_enc"), inputs, strict=True)):
         for k, feature in enumerate(two(name, x)):
@@ -109,29 +141,13 @@ def plain_theta(
             code = code + state[f"{at}.modal_embedding.weight"][m]
             projection = f"{at}.out_proj_{('audio', 'video')[m]}"
             tokens.append(linear(projection, torch.cat([feature, code])))
-            kinds.append(m)  # type: ignore[arg-type]
+            kinds.append(m)
     x = torch.stack(tokens)
     for i in range(config.layers):
         layer = f"Audio_visual_transformer.layers.{i}"
         h = layer_norm(f"{layer}.norm", x)
         q, k, v = (linear(f"{layer}.attn.to_{n}", h).chunk(config.heads, 1) for n in "qkv")
-        rows = []
-        for s in range(len(x)):
-            seen = [
-                t
-                for t in range(len(x))
-                if kinds[s] is None
-                or kinds[t] is None
-                or config.attention == "full"
-                or (kinds[s] == kinds[t]) == (config.attention == "self_only")
-            ]
-            parts = []
-            for head in range(config.heads):
-                logits = torch.stack([q[head][s] @ k[head][t] for t in seen]) / config.dim_head**0.5
-                weights = torch.softmax(logits, 0)
-                parts.append(sum(w * v[head][t] for w, t in zip(weights, seen, strict=True)))
-            rows.append(torch.cat(parts))  # type: ignore[arg-type]
-        x = x + linear(f"{layer}.attn.to_out.0", torch.stack(rows))
+        x = x + linear(f"{layer}.attn.to_out.0", plain_attention(q, k, v, kinds, config))
         h = linear(f"{layer}.ff.net.0", layer_norm(f"{layer}.norm", x))
         h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
         x = x + linear(f"{layer}.ff.net.3", h)

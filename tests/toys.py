@@ -1,20 +1,22 @@
 """Networks of the CLIP/CLAP-era systems once more, in numpy: what their tests compare with.
 
 Nothing here is shared with the package: blocks in train mode (batch statistics, no dropout), the
-transformer, the usual losses, tables of checkpoint keys.
+transformer, the usual losses, tables of checkpoint keys. At the end, what the tests of adversarial
+systems share: a small batch, training rows, two workers.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import erf
 
-from avzero.models._contract import Batch, Context, Model
+from avzero.models._contract import Batch, Context, Model, Shapes
 from avzero.models._layers import Dropout, number_sites
 from avzero.protocol.counter import fold, site_keys
 
@@ -246,3 +248,96 @@ def assert_stacks(make: Callable[[], Model], data: Batch) -> None:
         for key, gradient in own.items():
             expected = torch.zeros_like(params[key][number]) if gradient is None else gradient
             torch.testing.assert_close(gradients[key][number], expected, rtol=1e-6, atol=1e-10)
+
+
+SMALL = Shapes({"audio": 5, "video": 6}, 7)
+
+
+def small_batch(rows: int = 8) -> Batch:
+    """Return a float64 batch of ``SMALL``: three classes, features in 0 … 1, text of length 1."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    table = F.normalize(draw(3, SMALL.text), dim=1)
+    label = torch.stack([torch.arange(rows) % 3, (torch.arange(rows) + 1) % 3], 1)
+    features = {m: draw(rows, 2, d) for m, d in SMALL.features.items()}
+    return Batch(features, table[label], label, table)
+
+
+def drawing(part: str = "", world: object = None) -> Context:
+    """Return a context with keys for four random sites."""
+    keys = site_keys(fold(3), 1, 4, torch.device("cpu"))[0]
+    return Context(keys, world, part)  # type: ignore[arg-type]
+
+
+class Rows:
+    """Training rows of seen classes, in blocks."""
+
+    def __init__(
+        self, features: Mapping[str, torch.Tensor], label: torch.Tensor, seed: int = 5
+    ) -> None:
+        self.features, self.label, self.seed = features, label, seed
+
+    def blocks(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        for start in range(0, len(self.label), 5):
+            part = slice(start, start + 5)
+            yield {m: x[part] for m, x in self.features.items()}, self.label[part]
+
+
+def seen_rows(data: Batch, seen: int, seed: int = 5) -> Rows:
+    """Return the anchors of the first ``seen`` classes."""
+    label = data.label[:, 0]
+    mine = label < seen
+    return Rows({m: x[:, 0][mine] for m, x in data.features.items()}, label[mine], seed)
+
+
+def assert_passes_reach(model: Model, data: Batch, reached: dict[str, tuple[str, ...]]) -> None:
+    """A pass gives gradients to parameters whose names start as given, and to no others."""
+    for part, prefixes in reached.items():
+        model.zero_grad(set_to_none=True)
+        total(model.loss(data, drawing(part))).backward()  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == name.startswith(prefixes), (part, name)
+
+
+class HalfWorld:
+    """One of two workers: a first run records what it would send, a second one receives."""
+
+    size = 2
+
+    def __init__(self, rank: int, sent: dict[int, list[torch.Tensor]]) -> None:
+        self.rank, self.sent, self.calls = rank, sent, 0
+        self.recording = rank not in sent
+        sent.setdefault(rank, [])
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("not needed")
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        if self.recording:
+            self.sent[self.rank].append(values.detach())
+            return torch.cat([values, values])
+        other = self.sent[1 - self.rank][self.calls]
+        self.calls += 1
+        return torch.cat([values, other] if self.rank == 0 else [other, values])
+
+
+def assert_workers_average(model: Model, data: Batch, part: str) -> dict[int, list[torch.Tensor]]:
+    """Two workers' terms average to those of one; return what each of them sent."""
+    half = len(data.label) // 2
+    sent: dict[int, list[torch.Tensor]] = {}
+
+    def share(rank: int) -> dict[str, torch.Tensor]:
+        mine = slice(half * rank, half * rank + half)
+        features = {m: x[mine] for m, x in data.features.items()}
+        rows = Batch(features, data.text[mine], data.label[mine], data.class_text)
+        return model.loss(rows, drawing(part, HalfWorld(rank, sent)))
+
+    for rank in range(2):
+        share(rank)
+    first, second = (share(rank) for rank in range(2))
+    for name, value in model.loss(data, drawing(part)).items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, value)
+    return sent

@@ -1,4 +1,4 @@
-"""Parts of the systems that synthesise features: critics, a conditional encoder, a classifier.
+"""What the systems that synthesise features share: critics, an encoder, classifiers of rows.
 
 Specs: fvaegan_d2.md and avfs.md. A pass of an adversarial system updates whatever its loss
 reaches, so networks of the other side are used ``fixed``: with weights cut off from gradients.
@@ -6,9 +6,14 @@ reaches, so networks of the other side are used ``fixed``: with weights cut off 
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from avzero.models._contract import Model, TrainingRows
 
 CRITIC, GENERATOR = "critic", "generator"
 """Names of the passes of an adversarial system."""
@@ -173,6 +178,56 @@ def fit_softmax(
     return torch.cat([weight, bias[:, None]], dim=1).detach()
 
 
-def with_one(x: Tensor) -> Tensor:
-    """Return rows [n, d + 1] with a one at the end, which meets a classifier's bias."""
-    return torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+class Generative(Model):
+    """Compares samples with linear classifiers fitted on real and synthetic rows.
+
+    A classifier is weights and a bias per class [C, d + 1], so rows get a one at the end.
+    """
+
+    lengths = False
+
+    @abstractmethod
+    def rows(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return what classifiers read of real samples, [n, d]."""
+
+    @abstractmethod
+    def made(self, noise: Tensor, text: Tensor) -> Tensor:
+        """Return the like of synthetic samples, [n, d], from noise [n, z] and text [n, t]."""
+
+    def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the rows with a one appended, [n, d + 1], as ``x``."""
+        return {"x": F.pad(self.rows(features), (0, 1), value=1.0)}
+
+    def distances(
+        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
+    ) -> dict[str, Tensor]:
+        """Return minus the classifiers' logits; there is nothing to square (P-18)."""
+        return {"both": -(samples["x"] @ classes.T)}
+
+    def table(
+        self,
+        text: Tensor,
+        seen: int,
+        rows: TrainingRows,
+        each: int,
+        latent: int,
+        generator: torch.Generator,
+    ) -> Table:
+        """Return all real rows of seen classes, then ``each`` synthetic ones per unseen class.
+
+        Args:
+            text: [C, t], seen classes first.
+            seen: how many those are.
+            rows: training samples of seen classes.
+            each: synthetic rows per unseen class.
+            latent: width of the noise they are made from.
+            generator: of the CPU, so that every device draws alike.
+        """
+        width = self.embed_classes(text[:1]).shape[1] - 1  # without the bias
+        table = Table(len(rows.label) + each * (len(text) - seen), width, text)
+        for features, label in rows.blocks():
+            table.add(self.rows(features), label)
+        for at in range(seen, len(text)):
+            noise = torch.randn(each, latent, generator=generator, dtype=text.dtype)
+            table.add(self.made(noise.to(text.device), text[at].expand(each, -1)), at)
+        return table

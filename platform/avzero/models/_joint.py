@@ -1,4 +1,4 @@
-"""What the CLIP/CLAP systems share: one input vector of both modalities, and parts of the text.
+"""One input vector of both modalities; of the CLIP/CLAP systems also the parts of the text.
 
 On the clipclap feature set a class text vector is [CLIP 512 | WavCaps 1024] (clipclap.md section
 1), and a system of one modality takes the part made by that modality's own encoder.
@@ -23,14 +23,14 @@ _PARTS = {"both": slice(0, _TEXT), "clip": slice(0, 512), "wavcaps": slice(512, 
 _OWN: dict[Modality, WordEmbeddings] = {"both": "both", "audio": "wavcaps", "video": "clip"}
 
 
-def joint_width(shapes: Shapes, modality: Modality) -> int:
+def joint_width(shapes: Shapes, modality: Modality = "both") -> int:
     """Return the width of ``joint``."""
     if modality == "both":
         return shapes.features["video"] + shapes.features["audio"]
     return shapes.features[modality]
 
 
-def joint(features: Mapping[str, Tensor], modality: Modality) -> Tensor:
+def joint(features: Mapping[str, Tensor], modality: Modality = "both") -> Tensor:
     """Return [video, audio] of samples [..., d_v + d_a], or the one modality in use."""
     if modality == "both":
         return torch.cat([features["video"], features["audio"]], dim=-1)

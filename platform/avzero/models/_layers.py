@@ -17,6 +17,7 @@ __all__ = [
     "MLP",
     "BatchNorm",
     "Dropout",
+    "FeedForward",
     "Noise",
     "Projection",
     "Site",
@@ -166,7 +167,7 @@ class _Attention(nn.Module):
         return out if context is None else self.to_out[1](out, context)
 
 
-class _FeedForward(nn.Module):
+class FeedForward(nn.Module):
     """Linear -> GELU -> Dropout -> Linear -> Dropout."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
@@ -213,7 +214,7 @@ class Transformer(nn.Module):
             nn.ModuleList(
                 [
                     _PreNorm(width, _Attention(width, heads, head_width, dropout)),
-                    _PreNorm(width, _FeedForward(width, hidden, dropout)),
+                    _PreNorm(width, FeedForward(width, hidden, dropout)),
                 ]
             )
             for _ in range(depth)

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from avzero.models._contract import Batch, Context, Model, ModelConfig, Shapes, scalar
+from avzero.models._joint import joint, joint_width
 from avzero.models._layers import Dropout
 from avzero.models._reference import load_strictly
 from avzero.spec import Probability
@@ -58,7 +59,7 @@ class WordSpace(Model):
 
     def joined(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return [video, audio] of samples [..., d_v + d_a], of unit length if asked for."""
-        x = torch.cat([features["video"], features["audio"]], dim=-1)
+        x = joint(features)
         return F.normalize(x, dim=-1) if self.norm_inputs else x
 
     def embed_classes(self, text: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class Bilinear(WordSpace):
 
     def __init__(self, config: Any, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        self.bilinear = nn.Linear(sum(shapes.features.values()), shapes.text, bias=False)
+        self.bilinear = nn.Linear(joint_width(shapes), shapes.text, bias=False)
         self.dropout = Dropout(config.dropout)
         self.text_dropout = Dropout(config.dropout if config.text_dropout == "same" else 0.0)
         scalar(self, "margin", config.margin)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from avzero.canon import sha256_hex
 from avzero.errors import UserError
-from avzero.models._contract import Model, ModelConfig, Shapes
+from avzero.models._contract import Card, Model, ModelConfig, Shapes
 from avzero.models._layers import number_sites
 from avzero.protocol.counter import fold
 from avzero.spec import Preset, Task, describe
@@ -55,7 +55,8 @@ def model_class(name: str) -> type[Model]:
     """Return the class of a system.
 
     Raises:
-        UserError: there is no such system, or its file does not define exactly one.
+        UserError: there is no such system, its file does not define exactly one, or what it
+            defines lacks ``card`` or ``Config``.
     """
     files = model_files()
     if name not in files:
@@ -76,7 +77,13 @@ def _load(name: str, path: Path) -> type[Model]:
     ]
     if len(classes) != 1:
         raise UserError(f"{path}: defines {len(classes)} systems; a file defines exactly one")
-    return classes[0]
+    (cls,) = classes
+    if not isinstance(getattr(cls, "card", None), Card):
+        raise UserError(f"{path}: {cls.__name__} needs a card: card = Card(title, authors, …)")
+    config = getattr(cls, "Config", None)
+    if not (inspect.isclass(config) and issubclass(config, ModelConfig)):
+        raise UserError(f"{path}: {cls.__name__} needs a Config: a subclass of ModelConfig")
+    return cls
 
 
 def _import(name: str, path: Path) -> ModuleType:

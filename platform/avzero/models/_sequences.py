@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from avzero.models._contract import Context
-from avzero.models._layers import Dropout, _FeedForward
+from avzero.models._layers import Dropout, FeedForward
 
 Pairs = Literal["cross_only", "full", "self_only"]
 """Which tokens may attend to each other: those of different modalities, all, those of one."""
@@ -85,7 +85,7 @@ class MaskedBlock(nn.Module):
     def __init__(self, width: int, heads: int, dim_head: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.attn = MaskedAttention(width, heads, dim_head, dropout)
-        self.ff = _FeedForward(width, hidden, dropout)
+        self.ff = FeedForward(width, hidden, dropout)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, bias: Tensor, context: Context | None) -> Tensor:

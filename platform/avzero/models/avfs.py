@@ -27,7 +27,6 @@ from avzero.models._contract import (
     Batch,
     Card,
     Context,
-    Model,
     ModelConfig,
     Shapes,
     TrainingRows,
@@ -36,7 +35,7 @@ from avzero.models._contract import (
 from avzero.models._generative import (
     CRITIC,
     Encoder,
-    Table,
+    Generative,
     adversarial_passes,
     contrastive,
     criticise,
@@ -46,8 +45,8 @@ from avzero.models._generative import (
     fit_softmax,
     gradient_penalty,
     leaky,
-    with_one,
 )
+from avzero.models._joint import joint, joint_width
 from avzero.models._layers import Noise
 from avzero.spec import Count, InputScaling, NonNegative, Positive
 
@@ -74,7 +73,7 @@ class AVFSConfig(ModelConfig):
     use_vae: bool = False
 
 
-class AVFS(Model):
+class AVFS(Generative):
     """Generator G, critic D, embedding E, projection P and class vectors C."""
 
     card: ClassVar[Card] = Card(
@@ -87,7 +86,6 @@ class AVFS(Model):
         evidence="reconstruction",
     )
     Config: ClassVar[type[ModelConfig]] = AVFSConfig
-    lengths = False
     needs_nonnegative: ClassVar[str] = (
         "the generator ends in a ReLU and cannot make negative features. Leave the system's own "
         "input_scaling at minmax"
@@ -101,7 +99,7 @@ class AVFS(Model):
     def __init__(self, config: AVFSConfig, shapes: Shapes) -> None:
         super().__init__(config, shapes)
         c = config
-        width = shapes.features["audio"] + shapes.features["video"]
+        width = joint_width(shapes)
         self.G = _two_layers(LATENT + shapes.text, c.hidden, width)
         self.D = _two_layers(width + shapes.text, c.hidden, 1)
         self.E = nn.ModuleDict({"0": nn.Linear(width, c.embed_dim)})
@@ -124,7 +122,7 @@ class AVFS(Model):
 
     def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Return the terms of one pass (avfs.md section 2) on the anchors."""
-        x = _rows({m: f[:, 0] for m, f in batch.features.items()})
+        x = joint({m: f[:, 0] for m, f in batch.features.items()})
         text = batch.text[:, 0]
         fake = self._generate(self.noise(x, LATENT, context), text)
         if context.part == CRITIC:
@@ -191,9 +189,13 @@ class AVFS(Model):
         """Return the critic's layers."""
         return cast(nn.Linear, self.D["0"]), cast(nn.Linear, self.D["2"])
 
-    def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return E(x) with a one appended, [n, e + 1], as ``x``."""
-        return {"x": with_one(self._embed(_rows(features)))}
+    def rows(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return E(x) of samples, [n, e]."""
+        return self._embed(joint(features))
+
+    def made(self, noise: Tensor, text: Tensor) -> Tensor:
+        """Return E of synthetic samples, [n, e]."""
+        return self._embed(self._generate(noise, text))
 
     def embed_classes(self, text: Tensor) -> Tensor:
         """Return the unit-norm class vectors C(w) with a zero bias, [C, e + 1].
@@ -210,16 +212,8 @@ class AVFS(Model):
         unseen class; the embedding is frozen.
         """
         generator = torch.Generator().manual_seed(rows.seed)
-        unseen = len(text) - seen
-        table = Table(len(rows.label) + self.n_syn * unseen, self.P.in_features, text)
-        for features, label in rows.blocks():
-            table.add(self._embed(_rows(features)), label)
-        for at in range(seen, len(text)):
-            noise = torch.randn(self.n_syn, LATENT, generator=generator, dtype=text.dtype)
-            made = self._generate(noise.to(text.device), text[at].expand(self.n_syn, -1))
-            table.add(self._embed(made), at)
         return fit_softmax(
-            table,
+            self.table(text, seen, rows, self.n_syn, LATENT, generator),
             len(text),
             self.classifier_epochs,
             CLASSIFIER_BATCH,
@@ -228,18 +222,7 @@ class AVFS(Model):
             balanced=True,
         )
 
-    def distances(
-        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
-    ) -> dict[str, Tensor]:
-        """Return minus the classifier's logits; there is nothing to square (P-18)."""
-        return {"both": -(samples["x"] @ classes.T)}
-
 
 def _two_layers(width: int, hidden: int, out: int) -> nn.ModuleDict:
     """Return Linear layers named as in a sequence with an activation between them."""
     return nn.ModuleDict({"0": nn.Linear(width, hidden), "2": nn.Linear(hidden, out)})
-
-
-def _rows(features: Mapping[str, Tensor]) -> Tensor:
-    """Return [video ; audio], [n, d]."""
-    return torch.cat([features["video"], features["audio"]], dim=-1)

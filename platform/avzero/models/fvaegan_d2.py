@@ -27,7 +27,6 @@ from avzero.models._contract import (
     Batch,
     Card,
     Context,
-    Model,
     ModelConfig,
     Shapes,
     TrainingRows,
@@ -36,14 +35,13 @@ from avzero.models._contract import (
 from avzero.models._generative import (
     CRITIC,
     Encoder,
-    Table,
+    Generative,
     adversarial_passes,
     criticise,
     divergence,
     draw_small,
     fit_softmax,
     gradient_penalty,
-    with_one,
 )
 from avzero.models._layers import Noise
 from avzero.models._reference import load_strictly
@@ -98,7 +96,7 @@ class Generator(nn.Module):
         return logits
 
 
-class FVAEGAN(Model):
+class FVAEGAN(Generative):
     """Encoder, generator, a conditional and an unconditional critic on x = [audio ; video]."""
 
     card: ClassVar[Card] = Card(
@@ -113,7 +111,6 @@ class FVAEGAN(Model):
     Config: ClassVar[type[ModelConfig]] = FVAEGANConfig
     compat: ClassVar[Mapping[str, object]] = {"one_step_per_epoch": True}
     beta_grid: ClassVar[BetaGrid] = BetaGrid(start=0, stop=0, count=1)
-    lengths = False
     needs_nonnegative: ClassVar[str] = (
         "features are targets of a binary cross-entropy, which must lie in 0 … 1. Scale them: "
         "in the job, fixed: {fvaegan_d2: {input_scaling: minmax}}"
@@ -151,7 +148,7 @@ class FVAEGAN(Model):
 
     def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Return the terms of one pass (fvaegan_d2.md section 2) on the anchors."""
-        x = _rows({m: f[:, 0] for m, f in batch.features.items()})
+        x = self.rows({m: f[:, 0] for m, f in batch.features.items()})
         text = batch.text[:, 0]
         fake = self.netG(self.noise(x, self.latent, context), text)
         if context.part == CRITIC:
@@ -204,9 +201,13 @@ class FVAEGAN(Model):
         """Take the four networks' weights under the names of fvaegan_d2.md section 5."""
         load_strictly(self, self.card.title, state)
 
-    def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the normalised rows with a one appended, [n, d + 1], as ``x``."""
-        return {"x": with_one(_rows(features))}
+    def rows(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return [audio ; video] with unit row norm, [n, d]."""
+        return F.normalize(torch.cat([features["audio"], features["video"]], dim=-1), dim=-1)
+
+    def made(self, noise: Tensor, text: Tensor) -> Tensor:
+        """Return synthetic samples with unit row norm, [n, d]."""
+        return F.normalize(torch.sigmoid(self.netG(noise, text)), dim=1)
 
     def embed_classes(self, text: Tensor) -> Tensor:
         """Return what the generator makes of zero noise [C, d], and a zero bias: [C, d + 1].
@@ -214,7 +215,7 @@ class FVAEGAN(Model):
         Used where something must be known of classes without training rows, such as scales.
         """
         z = text.new_zeros(len(text), self.latent)
-        return F.pad(F.normalize(torch.sigmoid(self.netG(z, text)), dim=1), (0, 1))
+        return F.pad(self.made(z, text), (0, 1))
 
     @torch.no_grad()
     def candidates(self, text: Tensor, seen: int, rows: TrainingRows) -> Tensor:
@@ -224,27 +225,9 @@ class FVAEGAN(Model):
         second on the synthetic ones alone (fvaegan_d2.md section 3).
         """
         generator = torch.Generator().manual_seed(rows.seed)
-        width, unseen = self.netD2.fc1.in_features, len(text) - seen
-        real = len(rows.label)
-        table = Table(real + self.syn_num * unseen, width, text)
-        for features, label in rows.blocks():
-            table.add(_rows(features), label)
-        for at in range(seen, len(text)):
-            z = torch.randn(self.syn_num, self.latent, generator=generator, dtype=text.dtype)
-            logits = self.netG(z.to(text.device), text[at].expand(self.syn_num, -1))
-            table.add(F.normalize(torch.sigmoid(logits), dim=1), at)
+        table = self.table(text, seen, rows, self.syn_num, self.latent, generator)
         settings = (self.classifier_epochs, self.syn_num, self.classifier_lr, generator)
         both = fit_softmax(table, len(text), *settings)
+        real = len(rows.label)
         table.x, table.label = table.x[real:], table.label[real:] - seen
-        return torch.cat([both, fit_softmax(table, unseen, *settings)])
-
-    def distances(
-        self, samples: Mapping[str, Tensor], classes: Tensor, squared: bool
-    ) -> dict[str, Tensor]:
-        """Return minus the classifiers' logits; there is nothing to square (P-18)."""
-        return {"both": -(samples["x"] @ classes.T)}
-
-
-def _rows(features: Mapping[str, Tensor]) -> Tensor:
-    """Return [audio ; video] with unit row norm, [n, d]."""
-    return F.normalize(torch.cat([features["audio"], features["video"]], dim=-1), dim=-1)
+        return torch.cat([both, fit_softmax(table, len(text) - seen, *settings)])
