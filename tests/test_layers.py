@@ -130,7 +130,8 @@ def test_transformer_attention_is_the_framework_attention() -> None:
 
 def test_triplets_and_mse_equal_the_framework() -> None:
     a, p, n = torch.randn(3, 10, 4, 6, dtype=torch.float64)
-    ours = triplets(a, p, n, torch.tensor(0.7, dtype=torch.float64))
+    plan = [(t, 4 + t, 8 + t) for t in range(4)]
+    ours = triplets(torch.cat([a, p, n], 1), plan, torch.tensor(0.7, dtype=torch.float64))
     for t in range(4):
         theirs = nn.functional.triplet_margin_loss(a[:, t], p[:, t], n[:, t], margin=0.7)
         torch.testing.assert_close(ours[t], theirs)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avzero.models._basic import Linear, linear
 from avzero.models._contract import Model, TrainingRows
 
 CRITIC, GENERATOR = "critic", "generator"
@@ -25,10 +26,10 @@ def adversarial_passes(step: int, every: int) -> tuple[str, ...]:
     return (CRITIC,) if step % every else (CRITIC, GENERATOR)
 
 
-def dense(layer: nn.Linear, x: Tensor, fixed: bool = False) -> Tensor:
+def dense(layer: Linear, x: Tensor, fixed: bool = False) -> Tensor:
     """Return the layer's output; ``fixed``: gradients pass to ``x``, not to the weights."""
     if fixed:
-        return F.linear(x, layer.weight.detach(), layer.bias.detach())
+        return linear(x, layer.weight.detach(), layer.bias.detach())
     out: Tensor = layer(x)
     return out
 
@@ -41,18 +42,18 @@ def leaky(x: Tensor) -> Tensor:
 def draw_small(network: nn.Module) -> None:
     """Draw all linear layers' weights from N(0, 0.02) and set their biases to zero."""
     for layer in network.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, Linear):
             nn.init.normal_(layer.weight, 0.0, 0.02)
             nn.init.zeros_(layer.bias)
 
 
-def criticise(first: nn.Linear, second: nn.Linear, x: Tensor, fixed: bool = False) -> Tensor:
+def criticise(first: Linear, second: Linear, x: Tensor, fixed: bool = False) -> Tensor:
     """Return a two-layer critic's scores [B] of rows [B, d]."""
     return dense(second, leaky(dense(first, x, fixed)), fixed).squeeze(-1)
 
 
 def gradient_penalty(
-    first: nn.Linear, second: nn.Linear, rows: Tensor, condition: Tensor | None = None
+    first: Linear, second: Linear, rows: Tensor, condition: Tensor | None = None
 ) -> Tensor:
     """Return the mean of (||gradient of the critic with respect to ``rows``|| - 1)^2.
 
@@ -78,9 +79,9 @@ class Encoder(nn.Module):
 
     def __init__(self, width: int, hidden: int, latent: int) -> None:
         super().__init__()
-        self.MLP = nn.ModuleDict({"L0": nn.Linear(width, hidden)})
-        self.linear_means = nn.Linear(hidden, latent)
-        self.linear_log_var = nn.Linear(hidden, latent)
+        self.MLP = nn.ModuleDict({"L0": Linear(width, hidden)})
+        self.linear_means = Linear(hidden, latent)
+        self.linear_log_var = Linear(hidden, latent)
 
     def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance, [B, latent] each."""

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avzero.models._contract import Context, scalar
+from avzero.models._basic import BatchNorm, LayerNorm, Linear
+from avzero.models._contract import Context
 from avzero.models._random import Dropout, Noise, Site, number_sites
 
 __all__ = [
@@ -18,71 +19,14 @@ __all__ = [
     "BatchNorm",
     "Dropout",
     "FeedForward",
+    "LayerNorm",
+    "Linear",
     "Noise",
     "Projection",
     "Site",
     "Transformer",
     "number_sites",
 ]
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation over dimension 0 with explicit groups.
-
-    An input [B, G, d] holds G batches side by side (say anchors and negatives): each is
-    normalised with its own statistics, and the running statistics take them in order, exactly as
-    G calls on [B, d] would. With a world, statistics span all workers.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    momentum: Tensor
-
-    def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-        scalar(self, "momentum", momentum)
-        self.eps = eps
-
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """Normalise [B, d] or [B, G, d]; ``context`` is needed in training only."""
-        width = x.shape[-1]
-        if not self.training:
-            flat = x.reshape(-1, width)
-            out = F.batch_norm(
-                flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-            return out.view(x.shape)
-        rows = x.shape[0]
-        flat = x.reshape(rows, -1)
-        groups = flat.shape[1] // width
-        weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
-        world = None if context is None else context.world
-        if world is None:
-            out, mean, inverse_std = torch.native_batch_norm(
-                flat, weight, bias, None, None, True, 0.0, self.eps
-            )
-            var = inverse_std.detach().pow(-2) - self.eps
-        else:
-            mean = world.sum(flat.mean(0)) / world.size
-            centred = flat - mean
-            var = world.sum(centred.square().mean(0)) / world.size
-            out = centred * (torch.rsqrt(var + self.eps) * weight) + bias
-            rows *= world.size
-        self._track(mean.detach(), var.detach() * (rows / (rows - 1)), groups)
-        return out.view(x.shape)
-
-    def _track(self, mean: Tensor, var: Tensor, groups: int) -> None:
-        """Move the running statistics towards those of each group, in order."""
-        width = self.running_mean.shape[0]
-        for running, values in ((self.running_mean, mean), (self.running_var, var)):
-            for group in values.view(groups, width).unbind(0):
-                running.add_((group - running) * self.momentum)
 
 
 class MLP(nn.Module):
@@ -103,14 +47,14 @@ class MLP(nn.Module):
             self._add(4, hidden, out, dropout, momentum)
 
     def _add(self, at: int, width: int, out: int, dropout: float, momentum: float) -> None:
-        self.fc[str(at)] = nn.Linear(width, out)
+        self.fc[str(at)] = Linear(width, out)
         self.fc[str(at + 1)] = BatchNorm(out, momentum)
         self.fc[str(at + 3)] = Dropout(dropout)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Map [..., width] to [..., out]; all outputs are non-negative."""
         for layer in self.fc.values():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, Linear):
                 x = layer(x)
             elif isinstance(layer, BatchNorm):
                 x = F.relu(layer(x, context))
@@ -127,11 +71,11 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         at = 1 + use_bn
-        self.fc = nn.ModuleDict({"0": nn.Linear(width, hidden)})
+        self.fc = nn.ModuleDict({"0": Linear(width, hidden)})
         if use_bn:
             self.fc["1"] = BatchNorm(hidden)
         self.fc[str(at + 1)] = Dropout(dropout)
-        self.fc[str(at + 2)] = nn.Linear(hidden, out)
+        self.fc[str(at + 2)] = Linear(hidden, out)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Map [..., width] to [..., out], linear at the end."""
@@ -152,8 +96,8 @@ class _Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, head_width: int, dropout: float) -> None:
         super().__init__()
-        self.to_qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(heads * head_width, width), Dropout(dropout)])
+        self.to_qkv = Linear(width, 3 * heads * head_width, bias=False)
+        self.to_out = nn.ModuleList([Linear(heads * head_width, width), Dropout(dropout)])
         self.heads = heads
         self.head_width = head_width
 
@@ -174,9 +118,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleDict(
             {
-                "0": nn.Linear(width, hidden),
+                "0": Linear(width, hidden),
                 "2": Dropout(dropout),
-                "3": nn.Linear(hidden, width),
+                "3": Linear(hidden, width),
                 "4": Dropout(dropout),
             }
         )
@@ -194,7 +138,7 @@ class _PreNorm(nn.Module):
 
     def __init__(self, width: int, fn: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.fn = fn
 
     def forward(self, x: Tensor, context: Context | None) -> Tensor:

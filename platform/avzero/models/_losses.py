@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,18 +21,31 @@ def hinge(anchor: Tensor, near: Tensor, far: Tensor, margin: Tensor) -> Tensor:
     return loss
 
 
-def triplets(anchors: Tensor, positives: Tensor, negatives: Tensor, margin: Tensor) -> Tensor:
-    """Return the means over rows [T] of the losses of T triplets at once (see ``hinge``).
+def triplets(rows: Tensor, plan: Sequence[tuple[int, int, int]], margin: Tensor) -> Tensor:
+    """Return the means over the batch [T] of the losses of T triplets at once (see ``hinge``).
 
     Args:
-        anchors: [B, T, o]; positives and negatives likewise.
-        positives: see anchors.
-        negatives: see anchors.
+        rows: [B, R, o], what the triplets are made of.
+        plan: which of the R are anchor, positive and negative of each triplet. Picking them from
+            one tensor, rather than stacking tensors that occur several times, adds up their
+            gradients in one order, whatever the batch is trained with.
         margin: 0-d.
     """
+    anchors, positives, negatives = (pick(rows, which) for which in zip(*plan, strict=True))
     return hinge(anchors, positives, negatives, margin).mean(0)
+
+
+def pick(rows: Tensor, which: Sequence[int]) -> Tensor:
+    """Return rows [B, len(which), o] of [B, R, o]."""
+    return rows.index_select(1, torch.tensor(which, device=rows.device))
 
 
 def mse(left: Tensor, right: Tensor) -> Tensor:
     """Return the mean squared difference over all elements."""
     return (left - right).square().mean()
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Return the mean over rows of -log softmax(logits)[label], for logits [B, C]."""
+    # Not the framework's: its mean is added up differently in a stack of configurations.
+    return -torch.log_softmax(logits, dim=1).gather(1, label[:, None]).mean()

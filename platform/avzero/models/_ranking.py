@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from avzero.models._basic import Linear
 from avzero.models._contract import Batch, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._joint import joint, joint_width
 from avzero.models._layers import Dropout
@@ -37,7 +38,8 @@ def violations(scores: Tensor, label: Tensor, margin: Tensor) -> Tensor:
         margin: 0-d.
     """
     true = scores.gather(1, label[:, None])
-    wrong = 1 - F.one_hot(label, scores.shape[1]).to(scores.dtype)
+    every = torch.arange(scores.shape[1], device=label.device)
+    wrong = (label[:, None] != every).to(scores.dtype)
     return (margin + scores - true).clamp_min(0) * wrong
 
 
@@ -98,7 +100,7 @@ class Bilinear(WordSpace):
 
     def __init__(self, config: Any, shapes: Shapes) -> None:
         super().__init__(config, shapes)
-        self.bilinear = nn.Linear(joint_width(shapes), shapes.text, bias=False)
+        self.bilinear = Linear(joint_width(shapes), shapes.text, bias=False)
         self.dropout = Dropout(config.dropout)
         self.text_dropout = Dropout(config.dropout if config.text_dropout == "same" else 0.0)
         scalar(self, "margin", config.margin)

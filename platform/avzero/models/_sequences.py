@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from avzero.models._basic import LayerNorm, Linear
 from avzero.models._contract import Context
 from avzero.models._layers import Dropout, FeedForward
 
@@ -60,10 +61,10 @@ class MaskedAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, dim_head: int, dropout: float) -> None:
         super().__init__()
-        self.to_q = nn.Linear(width, heads * dim_head, bias=False)
-        self.to_k = nn.Linear(width, heads * dim_head, bias=False)
-        self.to_v = nn.Linear(width, heads * dim_head, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, width), Dropout(dropout)])
+        self.to_q = Linear(width, heads * dim_head, bias=False)
+        self.to_k = Linear(width, heads * dim_head, bias=False)
+        self.to_v = Linear(width, heads * dim_head, bias=False)
+        self.to_out = nn.ModuleList([Linear(heads * dim_head, width), Dropout(dropout)])
         self.heads = heads
         self.dim_head = dim_head
 
@@ -86,7 +87,7 @@ class MaskedBlock(nn.Module):
         super().__init__()
         self.attn = MaskedAttention(width, heads, dim_head, dropout)
         self.ff = FeedForward(width, hidden, dropout)
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
 
     def forward(self, x: Tensor, bias: Tensor, context: Context | None) -> Tensor:
         """Map [n, S, D] to the same shape."""

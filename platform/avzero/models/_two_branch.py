@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from avzero.models._contract import Batch, Context, Model, Shapes, scalar
 from avzero.models._layers import MLP, Transformer
-from avzero.models._losses import mse, triplets
+from avzero.models._losses import mse, pick, triplets
 from avzero.models._reference import load_strictly
 
 WIDTH = 300
 """Width of the encoders' output; equals the word vectors', which the decoder reconstructs."""
 OUT = 64
+JOINT = [(0, 2, 3), (0, 4, 5), (2, 0, 1), (4, 0, 1), (2, 0, 3), (4, 0, 5), (0, 2, 1), (0, 4, 1)]
+"""(anchor, positive, negative) of l_w and l_t, then of l_ct, among w, w_, a, a_, v, v_ (``_``:
+negative)."""
 
 
 class Sizes(NamedTuple):
@@ -75,29 +78,19 @@ class TwoBranch(Model):
         """Return the terms of avca.md section 3, unweighted, and phi [B, 2, 2, 300]."""
         phi, theta_a, theta_v = self.branches(batch.features, context)
         theta_w = self.W_proj(batch.text, context)
-        (a, a_), (v, v_), (w, w_) = (x.unbind(1) for x in (theta_a, theta_v, theta_w))
+        theta = torch.cat([theta_w, theta_a, theta_v], dim=1)
+        w, a, v = theta[:, ::2].unbind(1)
         # Decoder groups in the released order; the decoded negative text is dead code there.
-        decoded = [w, w_, a, a_, v, v_] if self.legacy_updates else [w, a, a_, v, v_]
-        rho = self.D(torch.stack(decoded, dim=1), context).unbind(1)
-        rho_w, (rho_a, rho_a_, rho_v, rho_v_) = rho[0], rho[-4:]
+        rho = self.D(theta if self.legacy_updates else pick(theta, (0, 2, 3, 4, 5)), context)
         rec_a, rec_v = self.A_rec(a, context), self.V_rec(v, context)
         if self.legacy_updates:
             with torch.no_grad():
                 self.V_proj(rec_v.detach(), context.salted(1))
                 self.A_proj(rec_a.detach(), context.salted(1))
-        # (anchor, positive, negative) of l_w and l_t, then of l_ct.
-        joint = triplets(
-            torch.stack([w, w, a, v, a, v, w, w], dim=1),
-            torch.stack([a, v, w, w, w, w, a, v], dim=1),
-            torch.stack([a_, v_, w_, w_, a_, v_, w_, w_], dim=1),
-            self.margin,
-        )
-        cross = triplets(
-            torch.stack([rho_w, rho_w], dim=1),
-            torch.stack([rho_a, rho_v], dim=1),
-            torch.stack([rho_a_, rho_v_], dim=1),
-            self.margin,
-        )
+        joint = triplets(theta, JOINT, self.margin)
+        n = rho.shape[1]
+        cross = triplets(rho, [(0, n - 4, n - 3), (0, n - 2, n - 1)], self.margin)
+        rho_w, rho_a, rho_v = rho[:, 0], rho[:, -4], rho[:, -2]
         names = ("t_wa_a", "t_wv_v", "t_aw_w", "t_vw_w", "add1_a", "add1_v", "add2_a", "add2_v")
         text, (p_a, p_v) = batch.text[:, 0], phi[:, 0].unbind(1)
         return dict(zip(names, joint.unbind(), strict=True)) | {

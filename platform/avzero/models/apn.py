@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from avzero.models._contract import Batch, Card, Context, ModelConfig, Shapes, scalar
-from avzero.models._losses import mse
+from avzero.models._losses import cross_entropy, mse
 from avzero.models._ranking import WordSpace, WordSpaceConfig
 from avzero.spec import NonNegative
 
@@ -82,7 +81,7 @@ class APN(WordSpace):
         for name, predicted in zip(("final", "prototype"), self._attributes(anchors), strict=True):
             logits = predicted @ batch.class_text.T / self.temperature
             given = torch.softmax(logits, 1) if self.ce_input == "softmax" else logits
-            terms[f"ce_{name}"] = F.cross_entropy(given, batch.label[:, 0])
+            terms[f"ce_{name}"] = cross_entropy(given, batch.label[:, 0])
             terms[f"mse_{name}"] = self.w_regression * mse(predicted, batch.text[:, 0])
         return terms
 

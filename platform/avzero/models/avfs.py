@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avzero.models._basic import Linear
 from avzero.models._contract import (
     Batch,
     Card,
@@ -48,6 +49,7 @@ from avzero.models._generative import (
 )
 from avzero.models._joint import joint, joint_width
 from avzero.models._layers import Noise
+from avzero.models._losses import cross_entropy
 from avzero.spec import Count, InputScaling, NonNegative, Positive
 
 LATENT = 300
@@ -102,9 +104,9 @@ class AVFS(Generative):
         width = joint_width(shapes)
         self.G = _two_layers(LATENT + shapes.text, c.hidden, width)
         self.D = _two_layers(width + shapes.text, c.hidden, 1)
-        self.E = nn.ModuleDict({"0": nn.Linear(width, c.embed_dim)})
-        self.P = nn.Linear(c.embed_dim, c.proj_dim)
-        self.C = nn.Linear(shapes.text, c.embed_dim)
+        self.E = nn.ModuleDict({"0": Linear(width, c.embed_dim)})
+        self.P = Linear(c.embed_dim, c.proj_dim)
+        self.C = Linear(shapes.text, c.embed_dim)
         draw_small(self)
         self.noise, self.alpha = Noise(), Noise(uniform=True)
         self.Q = Encoder(width + shapes.text, ENCODER_HIDDEN, LATENT) if c.use_vae else None
@@ -173,8 +175,8 @@ class AVFS(Generative):
     def _discriminative(self, embedded: Tensor, batch: Batch, fixed: bool) -> Tensor:
         """Return the cross-entropy of cosines between E(x) [B, e] and seen class vectors."""
         classes = F.normalize(dense(self.C, batch.class_text, fixed), dim=1)
-        cosines = F.normalize(embedded, dim=1) @ classes.T
-        return F.cross_entropy(cosines / self.tau, batch.label[:, 0])
+        cosines = torch.einsum("nd,cd->nc", F.normalize(embedded, dim=1), classes)
+        return cross_entropy(cosines / self.tau, batch.label[:, 0])
 
     def _generate(self, noise: Tensor, text: Tensor) -> Tensor:
         """Return synthetic rows [B, d], non-negative."""
@@ -183,11 +185,11 @@ class AVFS(Generative):
 
     def _embed(self, x: Tensor, fixed: bool = False) -> Tensor:
         """Return E(x), [B, e]."""
-        return F.relu(dense(cast(nn.Linear, self.E["0"]), x, fixed))
+        return F.relu(dense(cast(Linear, self.E["0"]), x, fixed))
 
-    def _critic(self) -> tuple[nn.Linear, nn.Linear]:
+    def _critic(self) -> tuple[Linear, Linear]:
         """Return the critic's layers."""
-        return cast(nn.Linear, self.D["0"]), cast(nn.Linear, self.D["2"])
+        return cast(Linear, self.D["0"]), cast(Linear, self.D["2"])
 
     def rows(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return E(x) of samples, [n, e]."""
@@ -225,4 +227,4 @@ class AVFS(Generative):
 
 def _two_layers(width: int, hidden: int, out: int) -> nn.ModuleDict:
     """Return Linear layers named as in a sequence with an activation between them."""
-    return nn.ModuleDict({"0": nn.Linear(width, hidden), "2": nn.Linear(hidden, out)})
+    return nn.ModuleDict({"0": Linear(width, hidden), "2": Linear(hidden, out)})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._layers import Projection
-from avzero.models._losses import triplets
+from avzero.models._losses import pick, triplets
 from avzero.models._reference import load_strictly
 from avzero.spec import NonNegative, Positive, Probability
 
@@ -89,24 +89,19 @@ class AVGZSLNet(Model):
     def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Return the seven terms of avgzslnet.md section 3 (and ``kl`` where it is on)."""
         net = self.triplet_net
-        a, a_ = net["embedding_net1"](batch.features["audio"], context).unbind(1)
-        v, v_ = net["embedding_net2"](batch.features["video"], context).unbind(1)
-        t, t_ = net["embedding_net3"](batch.text, context).unbind(1)
-        decoded = self.decode(torch.stack([a, v, t, a_, v_], dim=1), context)
-        x_a, x_v, x_t, x_a_, x_v_ = decoded.unbind(1)
+        rows = torch.cat(
+            [
+                net["embedding_net1"](batch.features["audio"], context),
+                net["embedding_net2"](batch.features["video"], context),
+                net["embedding_net3"](batch.text, context),
+            ],
+            dim=1,
+        )
+        # Of a, a_, v, v_, t, t_ (``_``: negative) all but the last are decoded.
+        decoded = self.decode(pick(rows, (0, 2, 4, 1, 3)), context)
         gap = torch.linalg.vector_norm(decoded[:, :3] - batch.text[:, :1], dim=-1)
-        cross = triplets(
-            torch.stack([x_t, x_t], dim=1),
-            torch.stack([x_a, x_v], dim=1),
-            torch.stack([x_a_, x_v_], dim=1),
-            self.margin,
-        )
-        joint = triplets(
-            torch.stack([t, a, t, v], dim=1),
-            torch.stack([a, t, v, t], dim=1),
-            torch.stack([a_, t_, v_, t_], dim=1),
-            self.margin,
-        )
+        cross = triplets(decoded, [(2, 0, 3), (2, 1, 4)], self.margin)
+        joint = triplets(rows, [(4, 0, 1), (0, 4, 5), (4, 2, 3), (2, 4, 5)], self.margin)
         terms = {
             "rec": (gap.square() if self.squared else gap).mean(0).sum(),
             "cta": cross[0],
@@ -117,7 +112,7 @@ class AVGZSLNet(Model):
             "vt": joint[3],
         }
         if self.use_kl:
-            log_a, log_v = torch.log_softmax(a, 1), torch.log_softmax(v, 1)
+            log_a, log_v = (torch.log_softmax(rows[:, i], 1) for i in (0, 2))
             both = ((log_a.exp() - log_v.exp()) * (log_a - log_v)).sum(1)
             terms["kl"] = self.w_kl * both.mean() / 2
         return terms

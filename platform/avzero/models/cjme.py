@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from avzero.models._basic import Linear
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._layers import BatchNorm, Projection
 from avzero.models._losses import hinge, mse
@@ -73,7 +74,7 @@ class CJME(Model):
             }
         )
         self.attention_model = nn.ModuleDict(
-            {"0": BatchNorm(audio + video), "1": nn.Linear(audio + video, 1)}
+            {"0": BatchNorm(audio + video), "1": Linear(audio + video, 1)}
         )
         self.outer = c.attention_broadcast == "outer"
         for name in ("margin", "entropy_eps", "w_align", "w_gate"):

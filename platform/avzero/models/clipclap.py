@@ -16,14 +16,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._joint import WordEmbeddings, joint, joint_width, text_part
 from avzero.models._layers import MLP
-from avzero.models._losses import mse
+from avzero.models._losses import cross_entropy, mse
 from avzero.models._reference import load_strictly
 from avzero.spec import BetaGrid, Modality, NonNegative, Probability
 
@@ -105,7 +104,7 @@ class ClipClap(Model):
         # After the batch, and with statistics over classes, which all workers have alike.
         _, table = self._words(batch.class_text, context.alone().salted(1))
         return {
-            "ce": F.cross_entropy(theta_o @ table.T, batch.label[:, 0]) * self.w_ce,
+            "ce": cross_entropy(theta_o @ table.T, batch.label[:, 0]) * self.w_ce,
             "reg": mse(theta_o, theta_w) * self.w_reg,
             "rec_o": mse(omega, rho_o) * self.w_rec,
             "rec_w": mse(omega, rho_w) * self.w_rec,

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avzero.models._basic import Linear
 from avzero.models._contract import (
     Batch,
     Card,
@@ -73,8 +74,8 @@ class Critic(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, 1)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, 1)
         draw_small(self)
 
     def forward(self, x: Tensor, fixed: bool = False) -> Tensor:
@@ -87,7 +88,7 @@ class Generator(nn.Module):
 
     def __init__(self, width: int, hidden: int, out: int) -> None:
         super().__init__()
-        self.MLP = nn.ModuleDict({"L0": nn.Linear(width, hidden), "L1": nn.Linear(hidden, out)})
+        self.MLP = nn.ModuleDict({"L0": Linear(width, hidden), "L1": Linear(hidden, out)})
 
     def forward(self, z: Tensor, text: Tensor) -> Tensor:
         """Return the logits [B, d] of synthetic rows."""
@@ -187,8 +188,8 @@ class FVAEGAN(Generative):
         both = torch.cat([torch.sigmoid(logits), fake])
         scores = self.netD(torch.cat([both, text.repeat(2, 1)], dim=1), fixed=True)
         rebuilt, free = scores.view(2, -1).mean(1).unbind()
-        # From logits: the reference's own form, without its cut-off at probabilities of e^-100.
-        entropy = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1)
+        # Binary cross-entropy from logits, without the reference's cut-off at e^-100.
+        entropy = (F.softplus(logits, threshold=50) - x * logits).sum(1)
         rows = len(x) * (1 if context.world is None else context.world.size)
         return {
             "gan_rec": -self.gan_weight * rebuilt,

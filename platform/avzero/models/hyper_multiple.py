@@ -25,8 +25,9 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from avzero.models._basic import Linear
 from avzero.models._contract import Batch, Card, Context, ModelConfig, Shapes, scalar
 from avzero.models._two_branch import WIDTH, Sizes, TwoBranch
 from avzero.spec import NonNegative, Positive, Probability
@@ -83,7 +84,7 @@ class HyperMultiple(TwoBranch):
         self.build(shapes, Sizes(c.r_enc, c.r_proj, c.r_dec, c.bn_momentum), 1.0)
         if c.framework in ("single", "multiple"):
             count = c.num_curvature if c.framework == "multiple" else 1
-            self.fusenet1 = nn.Linear(2 * WIDTH, count)
+            self.fusenet1 = Linear(2 * WIDTH, count)
         self.framework, self.similarity = c.framework, c.similarity
         self.train_pos_emb, self.legacy_updates = c.train_pos_emb, c.dead_passes
         for name in ("curvature", "align_weight", "f1", "f2"):

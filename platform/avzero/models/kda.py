@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._layers import MLP, Transformer
-from avzero.models._losses import mse
+from avzero.models._losses import cross_entropy, mse
 from avzero.models._reference import load_strictly
 from avzero.spec import NonNegative, Probability
 
@@ -137,7 +137,7 @@ class KDA(Model):
         if self.classifies:
             p = torch.softmax(rho @ prototypes.T, dim=1)
             margins = self._margins(prototypes).index_select(0, label)
-            terms["kaml"] = F.cross_entropy(p + margins, label)
+            terms["kaml"] = cross_entropy(p + margins, label)
         return terms
 
     def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._joint import joint, joint_width, text_part
 from avzero.models._layers import MLP, Transformer
-from avzero.models._losses import mse
+from avzero.models._losses import cross_entropy, mse
 from avzero.spec import BetaGrid, Modality, NonNegative, Probability
 
 WIDTH = 512
@@ -151,7 +151,7 @@ class MFT(Model):
         else:
             gap = (1 - F.cosine_similarity(theta_o, theta_w, dim=1)).mean()
         return {
-            "ce": F.cross_entropy(scores, label),
+            "ce": cross_entropy(scores, label),
             "reg": mse(theta_o, theta_w),
             "rec_o": mse(omega, rho_o),
             "rec_w": mse(omega, rho_w),

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from avzero.models._basic import LayerNorm, Linear
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._layers import MLP, Transformer
 from avzero.models._losses import mse, triplets
@@ -68,8 +69,8 @@ class Spiking(nn.Module):
     def __init__(self, width: int, config: STFTConfig) -> None:
         super().__init__()
         sizes = ((width, HIDDEN), (HIDDEN, config.d), (config.d, config.d))
-        self.lin = nn.ModuleList(nn.Linear(*size) for size in sizes)
-        self.norm = nn.ModuleList(nn.LayerNorm(out) for _, out in sizes)
+        self.lin = nn.ModuleList(Linear(*size) for size in sizes)
+        self.norm = nn.ModuleList(LayerNorm(out) for _, out in sizes)
         self.glp_logit = nn.Parameter(torch.zeros(3))
         self.tsf = nn.Parameter(torch.zeros(config.T))
         self.config = config
@@ -122,7 +123,7 @@ class Combiner(nn.Module):
         d = config.d
         bound = math.sqrt(3 / d)  # Xavier's for a d x d matrix
         self.slots = nn.Parameter(torch.empty(config.slots, d, d).uniform_(-bound, bound))
-        self.gate_a, self.gate_v = nn.Linear(d, d), nn.Linear(d, d)
+        self.gate_a, self.gate_v = Linear(d, d), Linear(d, d)
         self.alpha = nn.Parameter(torch.zeros(()))
         self.prior = nn.Parameter(torch.zeros(d))
         self.layer = Transformer(d, 1, HEADS, HEAD_WIDTH, 2 * d, config.r_enc)
@@ -144,10 +145,10 @@ class Tucker(nn.Module):
 
     def __init__(self, d: int, rank: int) -> None:
         super().__init__()
-        inner = ({m: nn.Linear(d, rank, bias=False) for m in "av"} for _ in range(2))
+        inner = ({m: Linear(d, rank, bias=False) for m in "av"} for _ in range(2))
         self.sem, self.tem = map(nn.ModuleDict, inner)
         self.core = nn.Parameter(torch.randn(2, rank, rank, rank) / rank)
-        self.out = nn.ModuleDict({m: nn.Linear(rank, d) for m in "av"})
+        self.out = nn.ModuleDict({m: Linear(rank, d) for m in "av"})
 
     def forward(self, m: str, semantic: Tensor, spikes: Tensor) -> Tensor:
         """Return the fusion [..., d] of modality ``a`` or ``v``."""
@@ -209,10 +210,9 @@ class STFT(Model):
         """Return the terms of stft.md section 2, weights applied."""
         phi_a, phi_v, theta_a, theta_v = self._branches(batch.features, context)
         theta_w = self.W_proj(batch.text, context)
-        (o, o_), (w, w_) = ((theta_a + theta_v) / 2).unbind(1), theta_w.unbind(1)
-        a, v, text = theta_a[:, 0], theta_v[:, 0], batch.text[:, 0]
-        margin, negatives = w.new_ones(()), torch.stack([w_, o_], 1)
-        joint = triplets(torch.stack([o, w], 1), torch.stack([w, o], 1), negatives, margin)
+        rows = torch.cat([(theta_a + theta_v) / 2, theta_w], dim=1)  # o, o_, w, w_
+        a, v, w, text = theta_a[:, 0], theta_v[:, 0], theta_w[:, 0], batch.text[:, 0]
+        joint = triplets(rows, [(0, 2, 3), (2, 0, 1)], w.new_ones(()))
         rho_w, rho_a, rho_v = self.D(torch.stack([w, a, v], 1), context).unbind(1)
         half, rest = 0.5 * self.w_triplet, 1 - self.w_triplet
         return {

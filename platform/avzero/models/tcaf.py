@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avzero.models._basic import Linear
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._layers import MLP, Dropout
-from avzero.models._losses import mse
+from avzero.models._losses import cross_entropy, mse
 from avzero.models._reference import load_strictly
 from avzero.models._sequences import MaskedBlock, Pairs, attention_bias, real_steps
 from avzero.spec import Count, Positive, Probability
@@ -71,10 +72,10 @@ class _Positions(nn.Module):
         super().__init__()
         self.register_buffer("fourier_randn", scale * torch.randn(2, CODE // 2))
         self.modal_embedding = nn.Embedding(2, CODE)
-        self.fourier_embeddings = nn.Linear(CODE, CODE)
+        self.fourier_embeddings = Linear(CODE, CODE)
         self.pad_embedding = nn.Embedding(1, CODE)
-        self.out_proj_audio = nn.Linear(width + CODE, width)
-        self.out_proj_video = nn.Linear(width + CODE, width)
+        self.out_proj_audio = Linear(width + CODE, width)
+        self.out_proj_video = Linear(width + CODE, width)
 
     def forward(self, x: Tensor, time: Tensor, real: Tensor, modality: str) -> Tensor:
         """Return tokens [n, T, D] of features [n, T, D] at ``time`` [T]; ``real`` [n, T]."""
@@ -174,7 +175,7 @@ class TCAF(Model):
         theta_w = self.W_proj(text, context)
         table = self.W_proj(batch.class_text, context.alone().salted(1))
         return {
-            "ce": F.cross_entropy(theta_o @ table.T, batch.label[:, 0]),
+            "ce": cross_entropy(theta_o @ table.T, batch.label[:, 0]),
             "reg": mse(theta_o, theta_w),
             "rec_o": mse(self.D_o(theta_o, context), text),
             "rec_w": mse(self.D_w(theta_w, context), text),

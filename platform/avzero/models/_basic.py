@@ -1,0 +1,166 @@
+"""Linear maps and normalisations whose bits do not depend on what is trained beside them.
+
+Many configurations are trained stacked under ``torch.func.vmap`` (``train.array``), and a trial
+must come out the same alone or among others. The framework's layers do not promise that: it
+merges the slots of a stack into columns or rows of one operation, whose edges are summed in
+another order than its middle. Here every reduction runs over one dimension of [..., B, d], so a
+slot's numbers are added in one order wherever it lies; tests compare all systems bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avzero.models._contract import Context, scalar
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b on rows [..., in]: one matrix product for all rows, then the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b for rows [..., in], weight [out, in] and bias [out]."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    # A product with a single column is another routine alone than in a stack.
+    single = len(weight) == 1
+    out = (flat * weight).sum(-1, keepdim=True) if single else flat @ weight.t()
+    if bias is not None:
+        out += bias
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], len(weight))
+
+
+class _Standardise(torch.autograd.Function):
+    """Standardise [..., B, d] over B or d, then scale and shift: forward, and its closed form
+    backward.
+
+    With n the size of the reduced dimension and h the standardised values,
+    dx = s (g - mean(g) - h mean(g h)) where g already has the weight of the layer in it and s is
+    the inverse standard deviation.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, dim: int, eps: float) -> tuple[Any, ...]:
+        mean = x.mean(dim, keepdim=True)
+        out = x - mean
+        var = (out * out).mean(dim, keepdim=True)
+        scale = torch.rsqrt(var + eps)
+        out *= scale
+        standard = out
+        out = torch.addcmul(bias.unsqueeze(-2), standard, weight.unsqueeze(-2))
+        return out, mean.squeeze(dim), var.squeeze(dim), standard, scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(output[3], output[4], inputs[1])
+        ctx.dim = inputs[3]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        g = gradients[0]
+        standard, scale, weight = ctx.saved_tensors
+        moved = g * standard
+        d_weight, d_bias = moved.sum(-2), g.sum(-2)
+        if ctx.dim == -2:
+            # The sums over rows are the parameters' gradients: nothing is reduced twice.
+            mean, product = ((x / g.shape[-2]).unsqueeze(-2) for x in (d_bias, d_weight))
+            scale = scale * weight.unsqueeze(-2)
+        else:
+            g = g * weight.unsqueeze(-2)
+            mean = g.mean(-1, keepdim=True)
+            product = (g * standard).mean(-1, keepdim=True)
+        out = g - mean
+        out.addcmul_(standard, product, value=-1)
+        out *= scale
+        return out, d_weight, d_bias, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        tensors = [
+            x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
+            for x, at in zip(inputs[:3], in_dims, strict=False)
+        ]
+        return _Standardise.apply(*tensors, *inputs[3:]), (0,) * 5  # type: ignore[no-untyped-call]
+
+
+def _standardise(
+    x: Tensor, weight: Tensor, bias: Tensor, dim: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the layer's output, and mean and (biased) variance without gradient."""
+    out: tuple[Tensor, ...] = _Standardise.apply(x, weight, bias, dim, eps)  # type: ignore[no-untyped-call]
+    return out[0], out[1], out[2]
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension, with weight and bias."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., d]."""
+        flat = x.reshape(-1, x.shape[-1])
+        return _standardise(flat, self.weight, self.bias, -1, self.eps)[0].view(x.shape)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over dimension 0 with explicit groups.
+
+    An input [B, G, d] holds G batches side by side (say anchors and negatives): each is
+    normalised with its own statistics, and the running statistics take them in order, exactly as
+    G calls on [B, d] would. With a world, statistics span all workers.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        scalar(self, "momentum", momentum)
+        self.eps = eps
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Normalise [B, d] or [B, G, d]; ``context`` is needed in training only."""
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return torch.addcmul(self.bias - self.running_mean * scale, x, scale)
+        width, rows = x.shape[-1], x.shape[0]
+        flat = x.reshape(rows, -1)
+        groups = flat.shape[1] // width
+        weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
+        world = None if context is None else context.world
+        if world is None:
+            out, mean, var = _standardise(flat, weight, bias, -2, self.eps)
+        else:
+            mean = world.sum(flat.mean(0)) / world.size
+            centred = flat - mean
+            var = world.sum(centred.square().mean(0)) / world.size
+            out = centred * (torch.rsqrt(var + self.eps) * weight) + bias
+            rows *= world.size
+        self._track(mean.detach(), var.detach() * (rows / (rows - 1)), groups)
+        return out.view(x.shape)
+
+    def _track(self, mean: Tensor, var: Tensor, groups: int) -> None:
+        """Move the running statistics towards those of each group, in order."""
+        width = self.running_mean.shape[0]
+        for running, values in ((self.running_mean, mean), (self.running_var, var)):
+            for group in values.view(groups, width).unbind(0):
+                running.add_((group - running) * self.momentum)
