@@ -16,6 +16,7 @@ from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
 from avzero.train.outcome import conclude_stage_1
 from tests.conftest import make_task
+from tests.toys import taken
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,7 @@ def test_the_other_modality_is_zeros_everywhere(benchmark: Benchmark, modality: 
     protocol = Protocol(modality=modality, input_scaling="standard")  # type: ignore[arg-type]
     data = StageData(benchmark, make_task(benchmark, protocol=protocol), CPU)
     other = {"audio": "video", "video": "audio"}[modality]
-    batch = data.batch(data.sampler.epoch(0, 1, 0, 1, 16), 0, 0, 1)
+    batch = taken(data, data.sampler.epoch(0, 1, 0, 1, 16), 0, 0, 1)
     assert not batch.features[other].any() and batch.features[modality].any()
     block, _ = next(data.blocks(data.training_rows()[1]))
     assert not block[other].any() and block[modality].any()

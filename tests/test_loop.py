@@ -28,6 +28,7 @@ from avzero.train.outcome import conclude_stage_1, score_test
 from avzero.train.records import TrainingFailed
 from avzero.train.schedule import Plateau
 from tests.conftest import make_task
+from tests.toys import taken
 
 
 @settings(max_examples=100, deadline=None)
@@ -50,7 +51,7 @@ def test_stage_data(benchmark: Benchmark) -> None:
     two = StageData(benchmark, make_task(benchmark, stage=2), torch.device("cpu"))
     assert len(one.sampler.classes) == 24 and len(two.sampler.classes) == 32
     draws = one.sampler.epoch(0, 1, 0, 2, 16)
-    batch = one.batch(draws, 1, 0, 1)
+    batch = taken(one, draws, 1, 0, 1)
     samples = benchmark.part.samples
     rows = draws.row[1].numpy()
     assert set(samples.role[rows.flatten()]) == {Role.TRAIN.code}
@@ -58,7 +59,7 @@ def test_stage_data(benchmark: Benchmark) -> None:
     classes = torch.from_numpy(samples.class_id[rows]).long()
     torch.testing.assert_close(batch.text, one.class_text[classes])
     torch.testing.assert_close(one.sampler.classes[batch.label], classes)
-    halves = [one.batch(draws, 1, rank, 2) for rank in (0, 1)]
+    halves = [taken(one, draws, 1, rank, 2) for rank in (0, 1)]
     for modality, value in batch.features.items():
         joined = torch.cat([half.features[modality] for half in halves])
         torch.testing.assert_close(joined, value)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 
+from avzero.data.benchmark import BenchmarkInfo
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.models._registry import model_class, model_files
 from avzero.spec import Job, load_job
 from avzero.tune.space import Group, load_space
-from avzero.tune.sweep import Sweep
+from avzero.tune.sweep import Sweep, difference
 from tests.conftest import ROOT
 
 BASE = "name: x\nbenchmarks: [tiny]\nmodels: [avca]\n"
@@ -32,6 +34,14 @@ def job(**changes: object) -> Job:
         (BASE + "train: {batch: 5}\n", "train: .*unknown|unknown key .*batch"),
         (BASE + "search: {trials: 0}\n", r"search\.trials: .*greater than or equal to 1"),
         (BASE + "search: {pruner: hyperband}\n", r"search\.pruner: .*'halving', 'median' or"),
+        (BASE + "search: {sampler: bayes}\n", r"search\.sampler: .*'tpe', 'random', 'grid' or"),
+        (BASE + "search: {objectives: [hm, hm]}\n", r"search\.objectives: an entry is listed tw"),
+        (BASE + "search: {objectives: [auc]}\n", r"search\.objectives\.0: .*'hm' or 'zsl'"),
+        (BASE + "search: {objectives: []}\n", r"search\.objectives: .*at least 1 item"),
+        (
+            BASE + "search: {sampler: cmaes, objectives: [hm, zsl]}\n",
+            "search: sampler cmaes takes one objective; use tpe, or remove one",
+        ),
         (BASE + "name: y\n", "4: not valid YAML .*'name' is written twice"),
         ("name: [\n", "not valid YAML"),
         ("- 1\n", "expected keys like name"),
@@ -112,6 +122,100 @@ def test_points_and_ranges_of_a_job(store: FeatureStore) -> None:
     assert made.distributions["epochs"] == optuna.distributions.IntDistribution(2, 50)
     first, second = made.start_points
     assert second == first | {"r_enc": 0.5, "epochs": 7}
+
+
+def test_one_objective_is_no_change_to_what_earlier_versions_claimed() -> None:
+    """Their claims have no such key; a second objective does differ."""
+    for plain in ({}, {"objectives": ["hm"]}):
+        frozen = job(search=plain).frozen_part()
+        assert "objectives" not in frozen["search"]
+    two = job(search={"objectives": ["zsl", "hm"]}).frozen_part()
+    assert difference(frozen, two) == ['search.objectives: null -> ["zsl", "hm"]']
+    assert job().search.objectives == ["hm"]
+
+
+SETTLED = {
+    "r_enc": 0.2,
+    "r_proj": 0.2,
+    "r_add": 0.2,
+    "margin": 1.0,
+    "w_reg": 1.0,
+    "w_rec": 1.0,
+    "bn_momentum": 0.5,
+    "encoder_hidden": 256,
+    "proj_hidden": 256,
+    "heads": "3x100",
+    "weight_decay": 1e-5,
+    "k2": 1.0,
+}
+
+
+def grid(store: FeatureStore, dataset: str = "toy", **search: object) -> Group:
+    """Return a group that searches lr, batch_size, depth and k1, by default 3 x 2 x 3 x 2."""
+    space = {
+        "lr": {"choice": [1e-4, 1e-3, 1e-2]},
+        "batch_size": {"choice": [64, 256]},
+        "k1": {"choice": [0.0, 1.0]},
+    }
+    settings = search | {"sampler": "grid", "space": space | dict(search.get("space", {}))}  # type: ignore[call-overload]
+    info = replace(store.info("tiny"), dataset=dataset, feature_set="main")
+    return Group(job(search=settings, fixed={"avca": SETTLED}), info, "avca")
+
+
+def test_a_grid_starts_at_the_published_or_default_point_where_it_has_it(
+    store: FeatureStore,
+) -> None:
+    whole = grid(store, trials=1000)
+    assert whole.trials == len(whole.start_points) == 36
+    assert len({tuple(sorted(p.items())) for p in whole.start_points}) == 36
+    first = whole.start_points[0]
+    assert (first["lr"], first["batch_size"]) == (1e-3, 256)
+    part = grid(store, trials=7)
+    assert part.trials == 7 and part.start_points == whole.start_points[:7]
+    # Point 0 of this dataset has batch_size 64; a grid without it is left as the job lists it.
+    assert grid(store, "VGGSound").start_points[0]["batch_size"] == 64
+    without = {"batch_size": {"choice": [32, 128]}}
+    assert grid(store, "VGGSound", trials=7, space=without).trials == 7
+    off = grid(store, "VGGSound", trials=99, space=without)
+    assert off.trials == 36
+    assert {p["batch_size"] for p in off.start_points} == {32, 128}
+
+
+def test_a_jobs_own_points_come_early_in_its_grid(store: FeatureStore) -> None:
+    mine = {"lr": 1e-2, "depth": 3}
+    plain, made = grid(store, trials=40), grid(store, trials=40, points=[mine])
+    assert made.start_points[1] == made.start_points[0] | mine
+    assert made.trials == 36 and made.start_points[0] == plain.start_points[0]
+    rest = [p for p in plain.start_points[1:] if p != made.start_points[1]]
+    assert made.start_points[2:] == rest
+    with pytest.raises(UserError, match=r"start point 1 of .*: lr = 0\.5 is outside its range"):
+        grid(store, points=[{"lr": 0.5}])
+
+
+def test_ranges_a_sampler_cannot_use(store: FeatureStore) -> None:
+    with pytest.raises(UserError, match=r"job x: tiny--avca: sampler grid .* unlike lr, weight_de"):
+        group(store, sampler="grid")
+    with pytest.raises(UserError, match=r"avca: sampler grid .* unlike lr; write search.space.lr"):
+        grid(store, space={"lr": {"log": [1e-4, 1e-2]}})
+    one = {"lr": {"log": [1e-4, 1e-2]}, "depth": {"choice": [1]}}
+    info, search = store.info("tiny"), {"sampler": "cmaes", "space": one}
+    with pytest.raises(UserError, match=r"job x: tiny--avca: sampler cmaes needs .* there is lr;"):
+        Group(job(search=search, fixed={"avca": SETTLED}), info, "avca")
+    assert group(store, sampler="cmaes").trials == 16
+
+
+def test_class_vectors_are_aligned_once_for_a_group(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = BenchmarkInfo.class_vectors, []
+
+    def counted(self: BenchmarkInfo, *args: Any) -> Any:
+        calls.append(args)
+        return real(self, *args)
+
+    monkeypatch.setattr(BenchmarkInfo, "class_vectors", counted)
+    group(store)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from avzero.tune.space import Group
 from tests import test_world
 from tests.conftest import make_task
 from tests.pickles import FOLDER
+from tests.toys import taken
 
 CPU = torch.device("cpu")
 
@@ -287,11 +288,12 @@ def test_batches_are_padded_with_zeros(steps: Benchmark) -> None:
     assert data.shapes.temporal and data.shapes.features == {AUDIO: 32, VIDEO: 48}
     draws = data.sampler.epoch(7, 1, 0, 3, 16)
     for step in range(3):
-        batch = data.batch(draws, step, 0, 1)
+        batch = taken(data, draws, step, 0, 1)
         for modality in MODALITIES:
             x, length = batch.features[modality], batch.features[f"{modality}_length"]
             assert length.dtype == torch.int64 and length.shape == (16, 2)
-            assert x.shape == (16, 2, int(length.max()), data.shapes.features[modality])
+            longest = max(len(sequence(steps, modality, int(r))) for r in data.training_rows()[1])
+            assert x.shape == (16, 2, longest, data.shapes.features[modality])
             for i, rows in enumerate(draws.row[step].tolist()):
                 for member, row in enumerate(rows):
                     want = sequence(steps, modality, row)
@@ -306,8 +308,8 @@ def test_workers_agree_on_the_length(steps: Benchmark, max_steps: int | None) ->
     draws = data.sampler.epoch(7, 1, 0, 30, 4)
     uneven = 0
     for step in range(30):
-        whole = data.batch(draws, step, 0, 1).features
-        halves = [data.batch(draws, step, rank, 2).features for rank in range(2)]
+        whole = taken(data, draws, step, 0, 1).features
+        halves = [taken(data, draws, step, rank, 2).features for rank in range(2)]
         for name, value in whole.items():
             assert torch.equal(torch.cat([half[name] for half in halves]), value)
         uneven += int(halves[0]["video_length"].max()) != int(halves[1]["video_length"].max())
@@ -359,7 +361,7 @@ def test_withheld_modality_is_one_step_of_zeros(steps: Benchmark) -> None:
     assert features[AUDIO].shape == (len(val.rows), 1, 32) and not features[AUDIO].any()
     assert (features["audio_length"] == 1).all() and features[VIDEO].shape[1] > 1
     only = stage_data(steps, protocol=Protocol(modality="audio"))
-    batch = only.batch(only.sampler.epoch(7, 1, 0, 1, 8), 0, 0, 1)
+    batch = taken(only, only.sampler.epoch(7, 1, 0, 1, 8), 0, 0, 1)
     assert batch.features[VIDEO].shape == (8, 2, 1, 48) and not batch.features[VIDEO].any()
 
 
@@ -388,8 +390,8 @@ def test_windows_in_training_start_anywhere(steps: Benchmark) -> None:
     for epoch in range(6):
         draws = data.sampler.epoch(7, 1, epoch, 10, 32)
         for step in range(10):
-            features = data.batch(draws, step, 0, 1).features
-            again = data.batch(draws, step, 0, 1).features
+            features = taken(data, draws, step, 0, 1).features
+            again = taken(data, draws, step, 0, 1).features
             assert all(torch.equal(again[name], value) for name, value in features.items())
             assert int(features["audio_length"].min()) >= 1
             assert (features["video_length"] == 4).all()
@@ -404,7 +406,7 @@ def test_windows_in_training_start_anywhere(steps: Benchmark) -> None:
 def test_short_sequences_and_no_window_change_nothing(steps: Benchmark) -> None:
     whole, wide = (stage_data(steps, protocol=Protocol(max_steps=n)) for n in (None, 12))
     draws = whole.sampler.epoch(7, 1, 0, 1, 64)
-    one, two = (data.batch(draws, 0, 0, 1).features for data in (whole, wide))
+    one, two = (taken(data, draws, 0, 0, 1).features for data in (whole, wide))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

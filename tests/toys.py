@@ -19,6 +19,9 @@ from scipy.special import erf
 from avzero.models._contract import Batch, Context, Model, Shapes
 from avzero.models._layers import Dropout, number_sites
 from avzero.protocol.counter import fold, site_keys
+from avzero.protocol.sampling import Draws
+from avzero.train.data import StageData
+from avzero.train.feed import Feed, slot
 
 Array = np.ndarray
 State = dict[str, Array]
@@ -270,6 +273,11 @@ def drawing(part: str = "", world: object = None) -> Context:
     """Return a context with keys for four random sites."""
     keys = site_keys(fold(3), 1, 4, torch.device("cpu"))[0]
     return Context(keys, world, part)  # type: ignore[arg-type]
+
+
+def taken(data: StageData, draws: Draws, step: int, rank: int = 0, size: int = 1) -> Batch:
+    """Return a lone run's batch of a step, or a worker's share of it."""
+    return slot(Feed([(data, draws)], rank, size).batch(step), 0)
 
 
 class Rows:

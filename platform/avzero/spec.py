@@ -89,6 +89,8 @@ InputScaling = Literal["none", "standard", "l2", "minmax"]
 
 Modality = Literal["both", "audio", "video"]
 
+Matmul = Literal["full", "tf32", "bf16"]
+
 
 class Protocol(Strict):
     """The two-stage protocol and its options; ids P-nn refer to protocol.md section 6."""
@@ -146,6 +148,17 @@ class TrainConfig(Strict):
     factor: float = Field(0.1, gt=0, lt=1)
     precision: Literal["float32", "float64"] = "float32"
     """Of weights and arithmetic; float64 is for checking, twice to four times slower."""
+    matmul: Matmul = Field("full", exclude_if=lambda value: value == "full")
+    """Of float32 matrix products: exact, or tf32 (CUDA) or bf16 inside; less exact, and faster
+    where the hardware has it. Another choice is another run."""
+
+    @model_validator(mode="after")
+    def _float32_products(self) -> TrainConfig:
+        if self.precision == "float64" and self.matmul != "full":
+            raise ValueError(
+                f"matmul {self.matmul} does nothing to precision float64; remove one of them"
+            )
+        return self
 
 
 TRAIN_FIELDS = frozenset(TrainConfig.model_fields)
@@ -156,18 +169,40 @@ class Search(Strict):
 
     trials: Count = 16
     """Per benchmark and model, the published (or default) point included."""
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "random", "grid", "cmaes"] = "tpe"
+    """TPE; uniform; every combination of listed values in a shuffled order, or the first
+    ``trials`` of them; CMA-ES over the numeric ranges (extra ``cmaes``)."""
     seed: int = 0
+    objectives: list[Literal["hm", "zsl"]] = Field(
+        ["hm"], min_length=1, exclude_if=lambda value: value == ["hm"]
+    )
+    """VAL scores to raise; the first decides early stopping and the winner."""
     pruner: Literal["halving", "median", "none"] = "halving"
     """Early stopping on VAL HM: asynchronous successive halving, below the median, or off."""
     min_epochs: Count = 4
     """No trial is stopped before this many epochs."""
     reduction: int = Field(3, ge=2)
     """Successive halving keeps one in this many at every rung."""
+    seats: int = Field(0, ge=0, exclude_if=lambda value: value == 0)
+    """Trials side by side, on a clock that counts epochs: the same number gives the same sweep on
+    any machines. 0: as many as there are slots when a group begins."""
     space: dict[str, Any] = Field(default_factory=dict)
     """Ranges that replace or extend those of ``search_spaces/<model>.yaml``."""
     points: list[dict[str, Any]] = Field(default_factory=list)
     """Configurations tried right after trial 0."""
+
+    @field_validator("objectives")
+    @classmethod
+    def _different(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("an entry is listed twice")
+        return value
+
+    @model_validator(mode="after")
+    def _one_for_cmaes(self) -> Search:
+        if self.sampler == "cmaes" and len(self.objectives) > 1:
+            raise ValueError("sampler cmaes takes one objective; use tpe, or remove one")
+        return self
 
 
 class Resources(Strict):
@@ -179,8 +214,13 @@ class Resources(Strict):
     """Per worker."""
     gpus: NonNegative = 0.0
     """Per worker; fractions share a GPU."""
+    execution: Literal["array", "trial"] = "array"
+    """``array``: a worker trains several trials at once, stacked; ``trial``: one Ray Tune trial
+    per configuration. The results are the same."""
+    slots: int = Field(0, ge=0)
+    """Trials one array trains at once; 0 = 4 on CPUs, 32 on a GPU."""
     concurrent: int = Field(0, ge=0)
-    """Trials at once; 0 = as many as the cluster holds."""
+    """Arrays (or single trials) at once; 0 = as many as the cluster holds."""
     max_failures: int = Field(2, ge=0)
     """Restarts of a trial whose worker died; a wrong configuration is not tried again."""
 
@@ -188,7 +228,18 @@ class Resources(Strict):
     def _whole_gpus(self) -> Resources:
         if self.workers > 1 and self.gpus != int(self.gpus):
             raise ValueError("gpus must be whole with several workers: NCCL allows one per GPU")
+        if self.workers > 1 and self.slots > 1:
+            raise ValueError(
+                "slots must be 1 with several workers: a run is stacked with others, or split"
+            )
         return self
+
+    @property
+    def width(self) -> int:
+        """Trials one Ray Tune trial trains at once."""
+        if self.execution == "trial" or self.workers > 1:
+            return 1
+        return self.slots or (32 if self.gpus else 4)
 
 
 class TestPlan(Strict):

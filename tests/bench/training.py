@@ -26,6 +26,7 @@ from avzero.spec import Preset, Protocol, Task, TrainConfig
 from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
 from tests.bench._measure import machine, ratio_line, rounds
+from tests.toys import taken
 
 STEPS = 12
 
@@ -34,7 +35,7 @@ def compare(trainer: Trainer, count: int) -> None:
     """Print the ratio of the two rates over interleaved rounds."""
     batch = trainer.task.train.batch_size
     draws = trainer.data.sampler.epoch(0, 1, 0, STEPS, batch)
-    ready = [trainer.data.batch(draws, step, 0, 1) for step in range(STEPS)]
+    ready = [taken(trainer.data, draws, step, 0, 1) for step in range(STEPS)]
     keys = site_keys(fold(0), STEPS, trainer.sites, trainer.device)
 
     def bare() -> None:

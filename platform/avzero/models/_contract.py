@@ -15,7 +15,7 @@ real; the rest is zero padding.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -37,6 +37,9 @@ class World(Protocol):
 
     def gather(self, values: Tensor) -> Tensor:
         """Return all workers' rows [size * n, ...] in rank order; gradients pass through."""
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over the workers."""
 
 
 class Context(NamedTuple):
@@ -87,9 +90,11 @@ class Shapes(NamedTuple):
 class TrainingRows(Protocol):
     """The stage's training samples of seen classes, for systems that fit a classifier on them."""
 
-    label: Tensor
-    """int64 [n], positions among the seen candidate classes."""
     seed: int
+
+    @property
+    def label(self) -> Tensor:
+        """int64 [n], positions among the seen candidate classes."""
 
     def blocks(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield (features {modality: [b, d_m]}, labels [b]) of all rows, in a fixed order."""
@@ -135,6 +140,11 @@ class Model(nn.Module, ABC):
     """Calibration values tried on VAL where the protocol names none (P-06)."""
     lengths: bool = True
     """Whether distances are lengths in the space of the class embeddings (not logits, products)."""
+    reads_table: ClassVar[bool] = True
+    """Whether the loss reads ``Batch.class_text``; if not, runs on different sets of classes can
+    be stacked."""
+    scoring: ClassVar[frozenset[str]] = frozenset()
+    """Attributes that only scoring reads, which runs in one stack may differ in."""
     needs_nonnegative: ClassVar[str] = ""
     """Why negative (scaled) features cannot be used, and what to do; empty where they can."""
 

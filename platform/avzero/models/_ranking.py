@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,8 @@ class WordSpaceConfig(ModelConfig):
 
 class WordSpace(Model):
     """Maps [video, audio] into the space of the class vectors, and compares it with those."""
+
+    scoring: ClassVar[frozenset[str]] = frozenset({"test_rule", "lengths"})
 
     def __init__(self, config: Any, shapes: Shapes) -> None:
         super().__init__(config, shapes)

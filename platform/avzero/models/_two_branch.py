@@ -9,7 +9,7 @@ abstract and its subclasses are final.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class Sizes(NamedTuple):
 
 class TwoBranch(Model):
     """The network, its seventeen loss terms, and what the released training loop does besides."""
+
+    reads_table: ClassVar[bool] = False
 
     margin: Tensor
     train_pos_emb: bool

@@ -52,6 +52,7 @@ class APN(WordSpace):
         fixture="apn_main",
     )
     Config: ClassVar[type[ModelConfig]] = APNConfig
+    scoring: ClassVar[frozenset[str]] = WordSpace.scoring | {"average"}
     compat: ClassVar[Mapping[str, object]] = {"ce_input": "softmax"}
 
     w_regression: Tensor

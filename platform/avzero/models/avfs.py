@@ -88,6 +88,7 @@ class AVFS(Generative):
         evidence="reconstruction",
     )
     Config: ClassVar[type[ModelConfig]] = AVFSConfig
+    scoring: ClassVar[frozenset[str]] = frozenset({"n_syn", "clf_lr", "classifier_epochs"})
     needs_nonnegative: ClassVar[str] = (
         "the generator ends in a ReLU and cannot make negative features. Leave the system's own "
         "input_scaling at minmax"

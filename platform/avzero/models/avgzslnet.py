@@ -58,6 +58,7 @@ class AVGZSLNet(Model):
         fixture="avgzslnet_main",
     )
     Config: ClassVar[type[ModelConfig]] = AVGZSLNetConfig
+    reads_table: ClassVar[bool] = False
 
     margin: Tensor
     w_kl: Tensor

@@ -110,6 +110,8 @@ class FVAEGAN(Generative):
         fixture="fvaegan_d2_main",
     )
     Config: ClassVar[type[ModelConfig]] = FVAEGANConfig
+    reads_table: ClassVar[bool] = False
+    scoring: ClassVar[frozenset[str]] = frozenset({"syn_num", "classifier_lr", "classifier_epochs"})
     compat: ClassVar[Mapping[str, object]] = {"one_step_per_epoch": True}
     beta_grid: ClassVar[BetaGrid] = BetaGrid(start=0, stop=0, count=1)
     needs_nonnegative: ClassVar[str] = (

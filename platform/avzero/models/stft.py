@@ -73,7 +73,8 @@ class Spiking(nn.Module):
         self.norm = nn.ModuleList(LayerNorm(out) for _, out in sizes)
         self.glp_logit = nn.Parameter(torch.zeros(3))
         self.tsf = nn.Parameter(torch.zeros(config.T))
-        self.config = config
+        self.steps, self.glp, self.over_time = config.T, config.glp, config.tsf
+        self.dynamic_threshold = config.dynamic_threshold
         scalar(self, "tau", config.tau)
 
     def current(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ class Spiking(nn.Module):
         top, mean = current.amax(-1, keepdim=True), current.mean(-1, keepdim=True)
         share = torch.sigmoid(self.glp_logit[block])
         pooled = 0.5 * (top + mean) + share * top + (1 - share) * mean
-        return ((1 + torch.sigmoid(pooled)) * current if self.config.glp else current), pooled
+        return ((1 + torch.sigmoid(pooled)) * current if self.glp else current), pooled
 
     def spikes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return block 3's spikes [..., T, d] and the thresholds they fired at [..., T, 1]."""
@@ -90,7 +91,7 @@ class Spiking(nn.Module):
         membrane: list[Tensor | float] = [0.0, 0.0, 0.0]
         theta = torch.ones_like(x[..., :1])
         spikes, thetas = [], []
-        for _ in range(self.config.T):
+        for _ in range(self.steps):
             spike, pooled = x, theta
             for block, v in enumerate(membrane):
                 current, pooled = self.current(block, spike) if block else first
@@ -99,7 +100,7 @@ class Spiking(nn.Module):
                 membrane[block] = u * (1 - spike)
             spikes.append(spike)
             thetas.append(theta)
-            if self.config.dynamic_threshold:
+            if self.dynamic_threshold:
                 rate = spike.detach().mean(-1, keepdim=True)
                 bits = (torch.special.entr(rate) + torch.special.entr(1 - rate)) / math.log(2)
                 goal = (0.5 * torch.sigmoid(pooled.detach()) + bits).clamp(0.25, 2)
@@ -109,7 +110,7 @@ class Spiking(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the weighted mean of the spikes over time [..., d]; unweighted without TSF."""
         spikes, _ = self.spikes(x)
-        if not self.config.tsf:
+        if not self.over_time:
             return spikes.mean(-2)
         weights = torch.softmax(spikes.sum(-1) / spikes.shape[-1] ** 0.5 + self.tsf, dim=-1)
         return (weights[..., None] * spikes).sum(-2)
@@ -173,6 +174,8 @@ class STFT(Model):
         evidence="reconstruction",
     )
     Config: ClassVar[type[ModelConfig]] = STFTConfig
+    reads_table: ClassVar[bool] = False
+    scoring: ClassVar[frozenset[str]] = frozenset({"test_head"})
 
     w_triplet: Tensor
 
@@ -191,7 +194,7 @@ class STFT(Model):
         self.A_proj, self.V_proj = heads
         self.W_proj, self.D = MLP(shapes.text, 0, OUT, c.r_dec), MLP(OUT, 0, shapes.text, c.r_dec)
         self.A_rec, self.V_rec = MLP(OUT, 0, c.d, c.r_dec), MLP(OUT, 0, c.d, c.r_dec)
-        self.config = c
+        self.glp, self.tsf, self.test_head = c.glp, c.tsf, c.test_head
         scalar(self, "w_triplet", c.w_triplet)
 
     def _branches(
@@ -229,13 +232,13 @@ class STFT(Model):
 
     def frozen(self) -> frozenset[str]:
         """Return the parameters of a part that is switched off."""
-        on = {"glp_logit": self.config.glp, "tsf": self.config.tsf}
+        on = {"glp_logit": self.glp, "tsf": self.tsf}
         return frozenset(f"snn_{m}.{name}" for m in "av" for name in on if not on[name])
 
     def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return theta_v, or the mean of theta_a and theta_v, [n, 64], as ``both``."""
         _, _, theta_a, theta_v = self._branches(features, None)
-        return {"both": theta_v if self.config.test_head == "video" else (theta_a + theta_v) / 2}
+        return {"both": theta_v if self.test_head == "video" else (theta_a + theta_v) / 2}
 
     def embed_classes(self, text: Tensor) -> Tensor:
         """Return theta_w [C, 64]."""

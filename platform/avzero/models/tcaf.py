@@ -101,6 +101,7 @@ class TCAF(Model):
         options=("attention", "video_norm_axis", "eval_time", "extra_bn_pass"),
     )
     Config: ClassVar[type[ModelConfig]] = TCAFConfig
+    scoring: ClassVar[frozenset[str]] = frozenset({"index_time"})
     compat: ClassVar[Mapping[str, object]] = {"eval_time": "index", "extra_bn_pass": True}
 
     audio_divisor: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,11 +16,17 @@ from avzero.models._contract import Batch, Model, Shapes
 from avzero.models._registry import model_class
 from avzero.protocol.calibration import BOTH, MISSING
 from avzero.protocol.retrieval import Gallery
-from avzero.protocol.sampling import ClassUniformSampler, Draws
+from avzero.protocol.sampling import ClassUniformSampler
 from avzero.protocol.scoring import Nearest
 from avzero.protocol.stages import STAGES, Stage
 from avzero.spec import InputScaling, Protocol, Task
 from avzero.train.steps import Steps, Table, Window, rows_at_once, tables, take, vectors
+
+_CELLS = 1 << 19
+"""Distances taken at once on a CPU: they should stay in the cache."""
+_CELLS_ELSEWHERE = 1 << 26
+_ROWS = 256
+"""Samples compared at once even if there are more distances: each time all classes are read."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,22 @@ class EvaluationSet:
 
     def facts(self, distances: Tensor, target: Tensor) -> Nearest:
         """Return what scoring needs of distances [b, C (+ U)] and true classes [b]."""
-        ids, seen = (self.seen_ids, self.unseen_ids), len(self.seen_ids)
-        n = seen + len(self.unseen_ids)
-        zsl = distances[:, n:] if distances.shape[1] > n else None
-        return Nearest.of(distances[:, :seen], distances[:, seen:n], target, *ids, zsl)
+        return Nearest.of(distances, target, self.seen_ids, self.unseen_ids)
+
+    def facts_of_many(self, distances: Tensor, target: Tensor) -> list[Nearest | None]:
+        """Likewise for M systems at once, from [M, b, C (+ U)]; None where a distance is NaN."""
+        return Nearest.of_many(distances, target, self.seen_ids, self.unseen_ids)
+
+    def blocks(self, count: int) -> Iterator[slice]:
+        """Yield even parts of ``count`` samples whose distances are to be taken at once.
+
+        Even, because few samples at the end would be compared by another formula (torch.cdist).
+        """
+        classes = len(self.seen_ids) + len(self.unseen_ids)
+        cells = _CELLS if self.rows.device.type == "cpu" else _CELLS_ELSEWHERE
+        parts = max(1, -(-count // max(_ROWS, cells // classes)))
+        for i in range(parts):
+            yield slice(i * count // parts, (i + 1) * count // parts)
 
     def chunks(self, scaling: Scaling) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield (features by modality, targets) of as many samples as fit at once."""
@@ -116,6 +135,10 @@ class StageData:
         self.scaling = _fit_scaling(self.features, rows, task, self.dtype)
         self._rows, self._class_id = rows, samples.class_id[rows]
         _require_nonnegative(task, self)
+        every = torch.from_numpy(rows).to(device)
+        # One length for all batches: padding that varied would change the last bits of sums.
+        spans = self.window.spans(self.features, every)
+        self.longest = {m: int(length.max()) for m, (_, length) in spans.items()}
 
     def training_rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Return class ids [n] and row numbers [n] of the stage's training samples."""
@@ -138,24 +161,30 @@ class StageData:
             index = every[start : start + count]
             yield take(self.features, index, self.scaling, self.window), index
 
-    def batch(self, draws: Draws, step: int, rank: int, size: int) -> Batch:
-        """Gather one worker's share of a step's global batch."""
-        share = draws.row.shape[1] // size
-        mine = slice(rank * share, (rank + 1) * share)
-        label = draws.label[step, mine]
-        flat_row, flat_label = draws.row[step].reshape(-1), label.reshape(-1)
-        counters = torch.arange(len(flat_row), device=self.device) + step * len(flat_row)
-        taken = take(
-            self.features,
-            flat_row,
-            self.scaling,
-            self.window,
-            (draws.key, counters),
-            slice(2 * mine.start, 2 * mine.stop),
-        )
-        features = {name: x.view(share, 2, *x.shape[1:]) for name, x in taken.items()}
-        text = self.train_text.index_select(0, flat_label).view(share, 2, -1)
-        return Batch(features, text, label, self.train_text)
+    def gather(self, rows: Tensor, label: Tensor, draw: tuple[int, Tensor], mine: slice) -> Batch:
+        """Gather the pairs of one or several slots.
+
+        Args:
+            rows: int64 [k, B, 2], row numbers of the global batches.
+            label: int64 [k, B, 2], positions in the ascending list of training classes.
+            draw: key and counters [B * 2] of random windows of sequences (then k is 1).
+            mine: this worker's pairs, of B.
+
+        Returns:
+            Everything with a leading dimension k.
+        """
+        k, share = len(rows), mine.stop - mine.start
+        part = slice(None)
+        if self.info.temporal:  # the window of a pair depends on its place in the global batch
+            part = slice(2 * mine.start, 2 * mine.stop)
+        else:
+            rows = rows[:, mine]
+        label = label[:, mine]
+        flat = rows.reshape(-1)
+        taken = take(self.features, flat, self.scaling, self.window, draw, part, self.longest)
+        features = {name: x.view(k, share, 2, *x.shape[1:]) for name, x in taken.items()}
+        text = self.train_text.index_select(0, label.reshape(-1)).view(k, share, 2, -1)
+        return Batch(features, text, label, self.train_text.expand(k, -1, -1))
 
     def evaluation(self, benchmark: Benchmark, stage: Stage) -> EvaluationSet:
         """Return the evaluation set of ``stage`` (VAL or TEST) from a benchmark part."""
@@ -194,20 +223,31 @@ def evaluation_set(
 
 
 class SeenRows:
-    """The stage's training samples of some seen classes (``models._contract.TrainingRows``)."""
+    """The stage's training samples of some seen classes (``models._contract.TrainingRows``).
+
+    Found when they are first asked for: most systems never do, and evaluate every epoch.
+    """
 
     def __init__(self, data: StageData, seen_ids: Tensor) -> None:
-        classes, rows = data.training_rows()
-        keep = np.isin(classes, seen_ids.cpu().numpy())
-        self._data, self._rows = data, rows[keep]
-        at = np.searchsorted(seen_ids.cpu().numpy(), classes[keep])
-        self.label = torch.from_numpy(at).to(data.device)
+        self._data, self._seen = data, seen_ids.cpu().numpy()
         self.seed = data.seed
+
+    @cached_property
+    def _kept(self) -> tuple[np.ndarray, np.ndarray]:
+        """Class ids and row numbers of the samples."""
+        classes, rows = self._data.training_rows()
+        keep = np.isin(classes, self._seen)
+        return classes[keep], rows[keep]
+
+    @cached_property
+    def label(self) -> Tensor:
+        """int64 [n], positions among the seen candidate classes."""
+        return torch.from_numpy(np.searchsorted(self._seen, self._kept[0])).to(self._data.device)
 
     def blocks(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield (features, labels) of all rows, in a fixed order."""
         start = 0
-        for features, index in self._data.blocks(self._rows):
+        for features, index in self._data.blocks(self._kept[1]):
             yield features, self.label[start : start + len(index)]
             start += len(index)
 
@@ -218,9 +258,9 @@ def nearest(
     stage: StageData,
     data: EvaluationSet,
     protocol: Protocol,
-    withhold: bool = False,
+    every: bool = False,
     keep: Gallery | None = None,
-) -> tuple[dict[str, Nearest], float]:
+) -> dict[str, Nearest]:
     """Score a model on an evaluation set, in eval mode.
 
     Args:
@@ -228,44 +268,46 @@ def nearest(
         stage: what it was trained on.
         data: rows to score and their candidate classes.
         protocol: gives the distance.
-        withhold: score also with each modality missing, as ``missing_<modality>``.
+        every: score every modality the system has distances of, and the whole with each
+            modality missing, as ``missing_<modality>``; else only ``both``.
         keep: takes embeddings and distances of the whole samples, for retrieval.
 
     Returns:
-        What scoring needs, by modality, and the scale of the class embeddings: the median over
-        unseen classes of the distance to their nearest seen class (for ``calibration: scaled``).
+        What scoring needs, by modality.
+
+    Raises:
+        FloatingPointError: a distance that is scored is NaN.
     """
     was_training = model.training
     model.eval()
     try:
         text = stage.class_text[torch.cat([data.seen_ids, data.unseen_ids])]
-        n_seen, n = len(data.seen_ids), len(text)
-        table = model.candidates(text, n_seen, SeenRows(stage, data.seen_ids))
-        blocks: dict[str, list[Nearest]] = {}
+        table = model.candidates(text, len(data.seen_ids), SeenRows(stage, data.seen_ids))
+        squared = protocol.distance == "squared_l2"
+        found: dict[str, list[Nearest]] = {}
 
         def score(scaling: Scaling, missing: str = "") -> None:
-            for features, target in data.chunks(scaling):
-                z = model.embed(features)
-                whole = model.distances(z, table, protocol.distance == "squared_l2")
-                if keep is not None and not missing:
-                    keep.add(z, {name: d[:, :n] for name, d in whole.items()}, target)
-                for name, d in _of_present(whole, scaling.absent).items():
-                    if not missing or name == BOTH:
-                        blocks.setdefault(missing or name, []).append(data.facts(d, target))
+            for features, labels in data.chunks(scaling):
+                embedded = model.embed(features)
+                for rows in data.blocks(len(labels)):
+                    z, target = {name: x[rows] for name, x in embedded.items()}, labels[rows]
+                    whole = model.distances(z, table, squared)
+                    if keep is not None and not missing:
+                        keep.add(z, {name: d[:, : len(text)] for name, d in whole.items()}, target)
+                    for name, d in _of_present(whole, scaling.absent).items():
+                        if name == BOTH or (every and not missing):
+                            found.setdefault(missing or name, []).append(data.facts(d, target))
 
         score(stage.scaling)
-        for modality in data.features if withhold and not stage.scaling.absent else ():
+        for modality in data.features if every and not stage.scaling.absent else ():
             try:
                 score(stage.scaling.without(modality), MISSING + modality)
             except FloatingPointError:
                 # It says something of the system without that modality, and nothing of the run.
-                blocks.pop(MISSING + modality, None)
-        embedded = model.embed_classes(text)
-        gaps = torch.cdist(embedded[n_seen:], embedded[:n_seen]).amin(dim=1)
-        scale = float(gaps.median())
+                found.pop(MISSING + modality, None)
     finally:
         model.train(was_training)
-    return {name: Nearest.concatenate(parts) for name, parts in blocks.items()}, scale
+    return {name: Nearest.concatenate(parts) for name, parts in found.items()}
 
 
 def _of_present(distances: dict[str, Tensor], absent: frozenset[str]) -> dict[str, Tensor]:

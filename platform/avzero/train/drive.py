@@ -45,7 +45,7 @@ def drive(
     return _in_process(store, task, resources)
 
 
-def _device(resources: Resources) -> str:
+def device_of(resources: Resources) -> str:
     """Return where one worker trains.
 
     Raises:
@@ -60,7 +60,7 @@ def _device(resources: Resources) -> str:
     return "cuda"
 
 
-def _threads(cpus: float) -> None:
+def set_threads(cpus: float) -> None:
     """Use the threads a worker has: their number decides the last bits of a result."""
     torch.set_num_threads(max(1, int(cpus)))
 
@@ -69,9 +69,9 @@ def _in_process(
     store: FeatureStore, task: Task, resources: Resources
 ) -> Generator[Epoch, None, None]:
     """Run the loop here."""
-    _threads(resources.cpus)
+    set_threads(resources.cpus)
     folder = RunFolder(store.storage, task)
-    trainer = Trainer(task, store.open(task.benchmark), folder, None, _device(resources))
+    trainer = Trainer(task, store.open(task.benchmark), folder, None, device_of(resources))
     yield from trainer.epochs()
 
 
@@ -122,12 +122,12 @@ def _run_worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    _threads(config["resources"]["cpus"])
+    set_threads(config["resources"]["cpus"])
     world = global_world()
     store = FeatureStore(config["store"])
     task = Task.model_validate(config["task"])
     folder = RunFolder(store.storage, task)
-    device = _device(Resources.model_validate(config["resources"]))
+    device = device_of(Resources.model_validate(config["resources"]))
     trainer = Trainer(task, store.open(task.benchmark), folder, world, device)
     for epoch in trainer.epochs():
         stop = False

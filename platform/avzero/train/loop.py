@@ -1,34 +1,33 @@
 """The one training loop: a generator of epoch records.
 
-It runs unchanged in a single process, inside a Ray Tune trial and on every Ray Train worker; the
-drivers differ only in who consumes the records. Whatever is random is a function of (seed, stage,
-epoch, step), so a run resumed from its folder continues with the same numbers it would have drawn.
+It runs unchanged in a single process, inside a Ray Tune trial and on every Ray Train worker, alone
+or stacked with others (``train.array`` has the steps); the drivers differ only in who consumes the
+records. Whatever is random is a function of (seed, stage, epoch, step), so a run resumed from its
+folder continues with the same numbers it would have drawn.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from avzero.data.benchmark import Benchmark
 from avzero.errors import UserError
-from avzero.models._contract import Batch, Context, Model, trainable
+from avzero.models._contract import Model, trainable
 from avzero.models._layers import Site
 from avzero.models._registry import build
-from avzero.protocol.calibration import BOTH, calibrate
-from avzero.protocol.counter import fold, site_keys
+from avzero.protocol.calibration import BOTH
+from avzero.protocol.sampling import Draws
 from avzero.protocol.stages import STAGE_1
 from avzero.spec import Task
+from avzero.train.array import run_epoch
 from avzero.train.data import EvaluationSet, StageData, nearest
 from avzero.train.folder import RunFolder, State, Tensors
 from avzero.train.records import Epoch, TrainingFailed
 from avzero.train.schedule import Plateau
+from avzero.train.structure import structure
 from avzero.train.world import TorchWorld
-
-_DROPOUT = 0x44524F50
 
 
 class Trainer:
@@ -40,6 +39,7 @@ class Trainer:
         folder: where checkpoints go; only rank 0 writes.
         world: the workers the global batch is split over; None for one.
         device: where to train.
+        data: the benchmark as the task's stage sees it, where several runs share it.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Trainer:
         folder: RunFolder,
         world: TorchWorld | None = None,
         device: str = "cpu",
+        data: StageData | None = None,
     ) -> None:
         if task.train.batch_size % (world.size if world else 1):
             raise UserError(
@@ -59,8 +60,10 @@ class Trainer:
         self.folder = folder
         self.world = world
         self.device = torch.device(device)
-        self.data = StageData(benchmark, task, self.device)
+        self.data = data or StageData(benchmark, task, self.device)
         self.model: Model = build(task, self.data.shapes).to(self.device)
+        classes, steps = len(self.data.train_text), max(self.data.longest.values(), default=0)
+        self.structure = structure(self.model, task, self.data.shapes, classes, steps)
         self.sites = sum(isinstance(m, Site) for m in self.model.modules())
         named = list(trainable(self.model))
         self.names = [name for name, _ in named]
@@ -76,6 +79,7 @@ class Trainer:
         self.val: EvaluationSet | None = None
         if task.lr_plan is None:
             self.val = self.data.evaluation(benchmark, STAGE_1)
+        self._lr = task.train.lr
         self.state = self._resume()
 
     @property
@@ -90,18 +94,39 @@ class Trainer:
             TrainingFailed: a loss term became NaN or infinite.
         """
         yield from list(self.state.history)
-        while len(self.state.history) < self.task.train.epochs:
-            yield self._epoch(len(self.state.history))
-        if self.first and not self.state.finished:
-            self.folder.finish(self.state)
+        while self.epoch < self.task.train.epochs:
+            for _, outcome in run_epoch([self]):
+                if isinstance(outcome, TrainingFailed):
+                    raise outcome
+                yield outcome
+        self.finish()
 
-    def _epoch(self, epoch: int) -> Epoch:
-        """Train one epoch, evaluate, checkpoint; return its record."""
-        train = self.task.train
-        lr = self._learning_rate(epoch)
-        started = time.perf_counter()
-        losses = self._train(epoch, lr)
-        seconds = time.perf_counter() - started
+    @property
+    def epoch(self) -> int:
+        """Number of the next epoch."""
+        return len(self.state.history)
+
+    def draws(self) -> Draws:
+        """Return the pairs of the next epoch."""
+        task, train = self.task, self.task.train
+        steps, batch = train.batches_per_epoch, train.batch_size
+        return self.data.sampler.epoch(task.seed, task.stage, self.epoch, steps, batch)
+
+    def begin_epoch(self) -> None:
+        """Set the next epoch's learning rate."""
+        self._lr = self._learning_rate(self.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr
+        self.model.train()
+
+    def close_epoch(self, losses: dict[str, float], seconds: float) -> Epoch:
+        """Evaluate and checkpoint a trained epoch; return its record.
+
+        Args:
+            losses: mean of every term.
+            seconds: what training took; a run's share, where several are trained at once.
+        """
+        train, epoch = self.task.train, self.epoch
         # The last epoch is always looked at, so that every run has a best one.
         due = (epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs
         val = self._evaluate() if due else {}
@@ -116,7 +141,7 @@ class Trainer:
         record = Epoch(
             epoch,
             losses,
-            lr,
+            self._lr,
             val,
             best,
             round(seconds, 4),
@@ -127,6 +152,11 @@ class Trainer:
             self.folder.save(self.state, self._weights(), self._optimizer_tensors())
         return record
 
+    def finish(self) -> None:
+        """Mark the run finished."""
+        if self.first and not self.state.finished:
+            self.folder.finish(self.state)
+
     def _learning_rate(self, epoch: int) -> float:
         """Return the epoch's learning rate: replayed, constant, or from the plateau rule."""
         if self.task.lr_plan is not None:
@@ -136,60 +166,6 @@ class Trainer:
             self.state.plateau = Plateau(train.lr, train.patience, train.factor)
         return self.task.train.lr if self.state.plateau is None else self.state.plateau.lr
 
-    def _train(self, epoch: int, lr: float) -> dict[str, float]:
-        """Run the steps of an epoch; return the mean of every loss term."""
-        task, train = self.task, self.task.train
-        size, rank = (1, 0) if self.world is None else (self.world.size, self.world.rank)
-        steps = train.batches_per_epoch
-        draws = self.data.sampler.epoch(task.seed, task.stage, epoch, steps, train.batch_size)
-        stream = fold(_DROPOUT, task.seed, task.stage, epoch)
-        keys = site_keys(stream, steps, self.sites, self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.model.train()
-        log: list[tuple[int, list[str], Tensor]] = []
-        for step in range(steps):
-            context = Context(keys[step], self.world)
-            batch: Batch | None = None
-            for number, part in enumerate(self.model.passes(step)):
-                batch = batch or self.data.batch(draws, step, rank, size)
-                terms = self.model.loss(batch, context.salted(3 * number)._replace(part=part))
-                values = torch.stack(list(terms.values()))
-                self.optimizer.zero_grad(set_to_none=True)
-                values.sum().backward()  # type: ignore[no-untyped-call]
-                self._share_gradients()
-                self.optimizer.step()
-                log.append((step, list(terms), values.detach()))
-            if batch is not None:
-                with torch.no_grad():
-                    self.model.settle(batch, context)
-        return self._mean_losses(log, epoch)
-
-    def _share_gradients(self) -> None:
-        """Average gradients over the workers; what a pass does not reach has none anywhere."""
-        if self.world is not None:
-            self.world.average([p.grad for p in self.parameters if p.grad is not None])
-
-    def _mean_losses(
-        self, log: list[tuple[int, list[str], Tensor]], epoch: int
-    ) -> dict[str, float]:
-        """Return the mean of every term over the steps that had it; refuse what is not finite."""
-        flat = torch.cat([values for _, _, values in log])
-        if self.world is not None:
-            self.world.average([flat])
-        flat = flat.to(torch.float64).cpu()
-        places = [(step, name) for step, names, _ in log for name in names]
-        if not torch.isfinite(flat).all():
-            step, name = places[int((~torch.isfinite(flat)).nonzero()[0])]
-            raise TrainingFailed(
-                f"loss term {name} is not finite in epoch {epoch}, step {step}; "
-                "lower lr, or standardise the inputs (protocol.input_scaling)"
-            )
-        index: dict[str, list[int]] = {}
-        for i, (_, name) in enumerate(places):
-            index.setdefault(name, []).append(i)
-        return {name: float(flat[at].mean()) for name, at in index.items()}
-
     def _evaluate(self) -> dict[str, float]:
         """Return the VAL scores at the best grid value; rank 0 computes, all workers agree."""
         if self.val is None:
@@ -197,9 +173,9 @@ class Trainer:
         scores: dict[str, float] | None = {}
         if self.first:
             try:
-                facts, scale = nearest(self.model, self.data, self.val, self.task.protocol)
+                facts = nearest(self.model, self.data, self.val, self.task.protocol)
                 grid = self.task.protocol.beta_grid or self.model.beta_grid
-                scores = calibrate(facts, grid, scale)[1][BOTH].as_dict()
+                scores = facts[BOTH].sweep(grid.values()).as_dict()
             except FloatingPointError:
                 scores = None  # the other workers wait for an answer: none is one too
         if self.world is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from avzero.data.benchmark import Benchmark, Role
 from avzero.data.store import FeatureStore
@@ -22,7 +23,7 @@ from avzero.revision import code_revision
 from avzero.train.data import StageData, evaluation_set, nearest
 from avzero.train.folder import RunFolder, State
 from avzero.train.loop import lr_sequence
-from avzero.train.records import Result
+from avzero.train.records import Result, TrainingFailed
 
 _CPU = torch.device("cpu")
 _CURVE_POINTS = 2048
@@ -59,6 +60,9 @@ def conclude_stage_1(folder: RunFolder, benchmark: Benchmark) -> tuple[Result, F
 
     Returns:
         The VAL result, which is also stored, and the frozen trial.
+
+    Raises:
+        TrainingFailed: a distance by one modality is NaN.
     """
     task = folder.task
     state = finished_state(folder)
@@ -66,7 +70,15 @@ def conclude_stage_1(folder: RunFolder, benchmark: Benchmark) -> tuple[Result, F
     model = load_model(folder, state, data)
     rows = data.evaluation(benchmark, STAGE_1)
     gallery = Gallery()
-    facts, scale = nearest(model, data, rows, task.protocol, withhold=True, keep=gallery)
+    try:
+        facts = nearest(model, data, rows, task.protocol, every=True, keep=gallery)
+    except FloatingPointError as error:
+        # Training looks at the headline only; this is a modality beside it.
+        raise TrainingFailed(
+            f"{error} on VAL with the weights of epoch {state.best_epoch}; lower lr, or "
+            "standardise the inputs (protocol.input_scaling)"
+        ) from error
+    scale = class_scale(model, data, rows.seen_ids, rows.unseen_ids)
     grid = task.protocol.beta_grid or model.beta_grid
     calibration, scores = calibrate(facts, grid, scale)
     frozen = Frozen(
@@ -92,7 +104,9 @@ def score_test(store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: st
     benchmark = store.open(task.benchmark)
     data = StageData(benchmark, task, _CPU)
     model = load_model(folder, state, data)
-    test_scale = _class_scale(model, data)
+    # Its class texts are in the open part: this looks at no TEST row.
+    groups = (data.info.classes.ids(*roles) for roles in (STAGE_2.seen, STAGE_2.unseen))
+    test_scale = class_scale(model, data, *(torch.from_numpy(ids).long() for ids in groups))
     if not math.isfinite(test_scale):
         raise UserError(f"{folder.url}: the weights are not finite; TEST stays shut. Lower lr")
     betas = {
@@ -102,7 +116,7 @@ def score_test(store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: st
     test = open_test(store, frozen, task, betas[BOTH], sweep, code_revision())
     rows = evaluation_set(test, STAGE_2, data.class_text, _CPU, data.evaluation_window)
     gallery = Gallery()
-    facts, _ = nearest(model, data, rows, task.protocol, withhold=True, keep=gallery)
+    facts = nearest(model, data, rows, task.protocol, every=True, keep=gallery)
     scores = {m: facts[m].at(beta) for m, beta in betas.items() if m in facts}
     extra = _source_disjoint(benchmark, test, facts[BOTH], betas[BOTH])
     extra |= gallery.scores(rows.seen_ids, rows.unseen_ids, data.scaling.absent)
@@ -112,13 +126,20 @@ def score_test(store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: st
 
 
 @torch.no_grad()
-def _class_scale(model: Model, data: StageData) -> float:
-    """Return the class-distance scale of stage 2 (P-03 ``scaled``); uses text only, no TEST row."""
-    classes = data.info.classes
-    seen, unseen = (
-        model.embed_classes(data.class_text[torch.from_numpy(classes.ids(*roles)).long()])
-        for roles in (STAGE_2.seen, STAGE_2.unseen)
-    )
+def class_scale(model: Model, data: StageData, seen_ids: Tensor, unseen_ids: Tensor) -> float:
+    """Return the unit of ``calibration: scaled`` (P-03), from class texts alone.
+
+    It is the median over unseen classes of the distance between their embedding and that of the
+    nearest seen class.
+
+    Args:
+        model: the system, in eval mode.
+        data: gives the class texts.
+        seen_ids: int64 ids of the seen candidate classes.
+        unseen_ids: int64 ids of the unseen ones.
+    """
+    embedded = model.embed_classes(data.class_text[torch.cat([seen_ids, unseen_ids])])
+    seen, unseen = embedded[: len(seen_ids)], embedded[len(seen_ids) :]
     return float(torch.cdist(unseen, seen).amin(dim=1).median())
 
 

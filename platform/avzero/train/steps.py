@@ -122,6 +122,7 @@ def take(
     window: Window,
     draw: tuple[int, Tensor] | None = None,
     mine: slice = slice(None),
+    pad: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Return scaled features of some rows, as a system gets them.
 
@@ -131,7 +132,8 @@ def take(
         scaling: scales rows; padding is zero after scaling.
         window: how much of sequences is used.
         draw: see ``Window.spans``.
-        mine: this worker's part of ``rows``; the padded length is that of all, so workers agree.
+        mine: this worker's part of ``rows``.
+        pad: length of padded sequences by modality; default: the longest of ``rows``.
 
     Returns:
         Per modality [n', d]; of sequences [n', T, d] and ``<modality>_length`` int64 [n']. A
@@ -150,7 +152,8 @@ def take(
             out[m] = scaling.apply(m, table.values[:1].expand(len(rows), 1, -1))
             out[f"{m}_length"] = torch.ones_like(length)
             continue
-        at = torch.arange(int(spans[m][1].max()), device=length.device)
+        steps = int(spans[m][1].max()) if pad is None else pad[m]
+        at = torch.arange(steps, device=length.device)
         real = at < length[:, None]
         index = first[:, None] + torch.where(real, at, 0)
         values = table.values.index_select(0, index.reshape(-1)).view(*index.shape, -1)

@@ -1,29 +1,39 @@
-"""The desk between Ray Tune and the studies: Tune's search and scheduling interfaces."""
+"""The desk between Ray Tune and the studies: which array trains which trials.
+
+Ray Tune places arrays and restarts those whose process died; what they train comes from here. An
+array is given up to ``slots`` trials, the most urgent ones that may train now, preferably those it
+had and those of their structure, and is refilled after every epoch.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 
 from avzero.errors import UserError
 from avzero.train.records import Epoch
 from avzero.tune.listener import Listener, TrialView
-from avzero.tune.study import GroupStudy
+from avzero.tune.study import Event, GroupStudy, Report
 
-METRIC = "hm"
+Orders = list[dict[str, Any]]
+"""``task``: JSON of the run; ``known``: how many of its epochs have been reported."""
 
 
-class TrialDesk:
-    """Hands trials to Ray Tune and takes their results; lives in the driver.
+class Desk:
+    """Hands trials to arrays and takes their reports; lives in the driver.
 
     Whatever goes wrong in here must not be lost in Tune's event loop: the first trouble is kept,
-    no more trials are handed out, running ones are stopped after their epoch (the next call takes
-    them up), and ``raise_trouble`` speaks up once Tune has returned.
+    no more trials are handed out, and ``raise_trouble`` speaks up once Tune has returned.
+
+    Args:
+        studies: the groups' studies; those not begun yet are begun when there is room.
+        record: keeps the line of a trial that has ended.
+        listeners: are told what happens.
+        slots: trials an array trains at once.
+        arrays: how many arrays there will be.
+        single: whether an array keeps its one trial to the end (``execution: trial``).
     """
 
     def __init__(
@@ -31,140 +41,187 @@ class TrialDesk:
         studies: Mapping[str, GroupStudy],
         record: Callable[[TrialView], None],
         listeners: Sequence[Listener],
+        slots: int,
+        arrays: int,
+        single: bool = False,
     ) -> None:
         self._studies = studies
+        self._single = single
+        self._rounds = self._epochs = 0
         self._record = record
         self._listeners = listeners
+        self._slots = slots
+        waiting = sum(study.remaining > 0 for study in studies.values())
+        self._seats = slots * max(1, arrays // max(1, waiting))
         self._trouble: BaseException | None = None
-        self._errors: dict[str, str] = {}
-        self.open_trials: dict[str, TrialView] = {}
+        self._held: dict[str, dict[str, TrialView]] = {}
+        """Array -> the trials it was given last, by run."""
+        self._deaths: Counter[str] = Counter()
+        """Run -> how many arrays have died with it."""
 
     def raise_trouble(self) -> None:
         """Raise the first thing that went wrong, if anything did."""
         if self._trouble is not None:
             raise self._trouble
 
-    def hand_out(self, tune_id: str) -> dict[str, Any] | None:
-        """Return the configuration of the next trial, from the groups in turn."""
-        while self._trouble is None:
-            waiting = [study for study in self._studies.values() if study.remaining]
-            if not waiting:
-                return None
-            study = max(waiting, key=lambda s: s.remaining / s.group.job.search.trials)
-            try:
-                view = study.next()
-                self._note_twins(study)
-                if view is None:
-                    continue
-                self.open_trials[tune_id] = view
-                for listener in self._listeners:
-                    listener.trial_started(view)
-            except Exception as error:  # noqa: BLE001 - kept, and raised after Tune returns
-                self._trouble = error
-                return None
-            return {"task": view.task.model_dump_json(), "id": view.task.id}
-        return None
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to hand out."""
+        return self._trouble is not None or not any(s.remaining for s in self._studies.values())
 
-    def take(self, tune_id: str, result: dict[str, Any]) -> bool:
-        """Take an epoch; return whether the trial should be stopped."""
-        view = self.open_trials[tune_id]
-        epoch = Epoch.from_dict(json.loads(result["record"]), replayed=result["replayed"])
-        if any(known.epoch == epoch.epoch for known in view.epochs):
-            return self._trouble is not None  # a restarted worker replays what was taken already
+    @property
+    def use(self) -> float:
+        """Share of the slots of all rounds in which an epoch was trained."""
+        return self._epochs / max(1, self._rounds * self._slots)
+
+    def orders(self, array: str) -> Orders:
+        """Return what an array trains in its next epoch; nothing where all has to wait."""
         try:
-            if self._studies[view.group.key].report(view, epoch):
-                view.state = "pruned"
-            for listener in self._listeners:
-                listener.epoch_ended(view, epoch)
+            return self._orders(array)
         except Exception as error:  # noqa: BLE001 - kept, and raised after Tune returns
             self._trouble = self._trouble or error
-        return view.state == "pruned" or self._trouble is not None
+            return []
 
-    def note_error(self, tune_id: str, error: object) -> None:
-        """Keep why a worker failed; Tune tells it apart from the end of the trial."""
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        self._errors[tune_id] = lines[-1].strip() if lines else "its worker died"
+    def _orders(self, array: str) -> Orders:
+        mine = self._held.pop(array, {})
+        if self._single and mine:
+            self._held[array] = mine
+            able = {view.task.id for view in self._runnable()}
+            return [self._order(view) for task, view in mine.items() if task in able]
+        taken = {task for held in self._held.values() for task in held}
+        chosen: dict[str, TrialView] = {}
+        while not self.over:
+            ready = [view for view in self._runnable() if view.task.id not in taken]
+            chosen = self._choose(ready, mine)
+            if len(chosen) == self._slots or not self._begin_another():
+                break
+        self._held[array] = chosen
+        return [self._order(view) for view in chosen.values()]
 
-    def close(self, tune_id: str, result: dict[str, Any], error: bool) -> None:
-        """Record how a trial ended, from its last result."""
-        view = self.open_trials.pop(tune_id)
-        study = self._studies[view.group.key]
-        if "trouble" in result and not error:
-            self._trouble = self._trouble or UserError(result["trouble"])
-        elif error:
-            view.state = "failed"
-            view.reason = self._errors.pop(tune_id, "its worker died")
-        elif "failed" in result:
-            view.state, view.reason = "failed", result["failed"]
-        elif view.state == "running" and result.get("finished"):
-            view.state = "complete"
-            view.result = view.folder.load_result("val")
+    def _order(self, view: TrialView) -> dict[str, Any]:
+        known = self._studies[view.group.key].known(view.task.id)
+        return {"task": view.task.model_dump_json(), "known": known}
+
+    def ended(self, array: str) -> bool:
+        """Return whether a single trial has ended, or waits while another could be trained."""
+        mine = self._held.get(array, {})
+        ready = {view.task.id for view in self._runnable()}
+        taken = {task for held in self._held.values() for task in held}
+        running = any(self._studies[v.group.key].runs(task) for task, v in mine.items())
+        return not running or (not ready & mine.keys() and bool(ready - taken))
+
+    def release(self, array: str) -> None:
+        """Take back the trials of an array that has ended."""
+        self._held.pop(array, None)
+
+    def _runnable(self) -> list[TrialView]:
+        return [view for study in self._studies.values() for view in study.runnable()]
+
+    def _choose(
+        self, ready: Sequence[TrialView], mine: Mapping[str, TrialView]
+    ) -> dict[str, TrialView]:
+        """Return the trials for an array: those it had, then those that stack with them."""
+        # A run that arrays died with is trained alone: it may be what kills them.
+        safe = [view for view in ready if not self._deaths[view.task.id]]
+        if not safe:
+            return {view.task.id: view for view in ready[:1]}
+        kept = [view for view in safe if view.task.id in mine]
+        like = Counter(_likeness(view) for view in kept or safe[:1])
+        rest = [view for view in safe if view.task.id not in mine]
+        rest.sort(key=lambda view: -like[_likeness(view)])
+        return {view.task.id: view for view in [*kept, *rest][: self._slots]}
+
+    def _begin_another(self) -> bool:
+        """Begin the next group; return whether there was one."""
+        for study in self._studies.values():
+            if not study.open and study.remaining:
+                self._tell(study.begin(self._seats))
+                self._advance(study)
+                return True
+        return False
+
+    def take(self, array: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take an array's reports."""
+        changed: dict[str, GroupStudy] = {}
+        self._rounds += bool(self._held.get(array))
         try:
-            if view.state == "running":  # stopped by trouble or Ctrl-C, not by itself
-                study.release(view)
-                return
-            study.close(view)
-            self._record(view)
+            for row in rows:
+                if "trouble" in row:
+                    raise UserError(row["trouble"])
+                epoch = None
+                if row["epoch"] is not None:
+                    epoch = Epoch.from_dict(row["epoch"], replayed=row["replayed"])
+                    self._epochs += not epoch.replayed
+                for key, study in self._studies.items():
+                    if study.open and study.runs(row["task"]):
+                        study.receive(row["task"], Report(epoch, row["finished"], row["failed"]))
+                        changed[key] = study
+            for study in changed.values():
+                self._advance(study)
+        except Exception as error:  # noqa: BLE001 - kept, and raised after Tune returns
+            self._trouble = self._trouble or error
+
+    def lost(self, array: str, reason: str) -> None:
+        """Take back the trials of an array that died too often.
+
+        A trial that was alone in it has failed; several are tried one by one.
+        """
+        held = self._held.pop(array, {})
+        for task in held:
+            self._deaths[task] += 1
+        if len(held) == 1:
+            row = {"task": next(iter(held)), "epoch": None, "finished": False, "failed": reason}
+            self.take(array, [row])
+
+    def _advance(self, study: GroupStudy) -> None:
+        self._tell(study.advance())
+
+    def _tell(self, events: Iterable[Event]) -> None:
+        """Tell the listeners what happened; keep the lines of trials that have ended."""
+        for trial, epoch in events:
+            ended = epoch is None and trial.state != "running"
+            if ended:
+                self._record(trial)
             for listener in self._listeners:
-                listener.trial_ended(view)
-            self._note_twins(study)
-        except Exception as problem:  # noqa: BLE001 - kept, and raised after Tune returns
-            self._trouble = self._trouble or problem
-
-    def _note_twins(self, study: GroupStudy) -> None:
-        """Record trials that took over another's outcome."""
-        for twin in study.take_twins():
-            self._record(twin)
-            for listener in self._listeners:
-                listener.trial_ended(twin)
+                if epoch is not None:
+                    listener.epoch_ended(trial, epoch)
+                elif ended:
+                    listener.trial_ended(trial)
+                else:
+                    listener.trial_started(trial)
 
 
-class _AtDesk:
-    """Ray Tune pickles searcher and scheduler for a restore we never do: leave the desk out."""
-
-    _desk: TrialDesk
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_desk"}
+def _likeness(view: TrialView) -> str:
+    """Return what trials must agree in to be stacked: the group's structure of their values."""
+    return f"{view.group.key} {view.group.structure(view.values)}"
 
 
-class StudySearcher(_AtDesk, Searcher):
-    """Ray Tune's view of the studies: what to run next, and what has ended."""
-
-    def __init__(self, desk: TrialDesk) -> None:
-        super().__init__(metric=METRIC, mode="max")
-        self._desk = desk
-
-    def suggest(self, trial_id: str) -> Any:
-        """Return the next configuration, or that there is none."""
-        return self._desk.hand_out(trial_id) or Searcher.FINISHED
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Record the end of a trial."""
-        self._desk.close(trial_id, result or {}, error)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Keep nothing: the studies are the truth."""
-        Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing: a sweep continues from its studies."""
+def as_row(task: str, epoch: Epoch | None, finished: bool, failed: str) -> dict[str, Any]:
+    """Return a report as JSON values."""
+    return {
+        "task": task,
+        "epoch": None if epoch is None else epoch.as_dict(),
+        "replayed": epoch is not None and epoch.replayed,
+        "finished": finished,
+        "failed": failed,
+    }
 
 
-class StudyScheduler(_AtDesk, FIFOScheduler):
-    """Passes epochs to the studies and stops what they prune."""
+class Mailbox:
+    """A Ray actor that carries orders from the desk to the arrays."""
 
-    def __init__(self, desk: TrialDesk) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._desk = desk
+    def __init__(self) -> None:
+        self._orders: dict[str, str] = {}
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Take one epoch of one trial."""
-        stop = self._desk.take(trial.trial_id, result)
-        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+    def put(self, array: str, orders: str) -> None:
+        """Leave an array's orders."""
+        self._orders[array] = orders
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Keep the error for the trial's record."""
-        self._desk.note_error(trial.trial_id, trial.get_error())
+    def get(self, array: str) -> str | None:
+        """Return an array's last orders."""
+        return self._orders.get(array)
+
+
+def pack(orders: Orders) -> str:
+    """Return orders as text."""
+    return json.dumps(orders)

@@ -1,13 +1,14 @@
-"""What runs inside a Ray Tune actor: one trial at a time, one epoch per step."""
+"""What runs inside a Ray Tune actor: an array of trials, one epoch of each per step."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import json
+import time
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from ray import tune
 
-from avzero.canon import canonical
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.spec import Resources, Task
@@ -15,53 +16,101 @@ from avzero.train.drive import drive
 from avzero.train.folder import RunFolder
 from avzero.train.outcome import conclude_stage_1
 from avzero.train.records import Epoch, TrainingFailed
+from avzero.train.slots import Outcome, Slots
+from avzero.tune.desk import as_row
+
+_IDLE_SECONDS = 0.05
 
 
-class TrialRunner(tune.Trainable):
-    """A Tune trainable around the training loop; the actor is reused for many trials.
+class ArrayRunner(tune.Trainable):
+    """A Tune trainable that trains the trials its orders name; the actor is reused.
 
-    A diverging configuration ends with a ``failed`` result, trouble in the surroundings (store
-    unreachable, disk full) with a ``trouble`` result; neither is an exception, because Tune would
+    A diverging configuration ends with a ``failed`` row, trouble in the surroundings (store
+    unreachable, disk full) with a ``trouble`` row; neither is an exception, because Tune would
     retry those.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Begin the first trial of this actor."""
-        self._epochs = self._run(config)
+        """Get ready; nothing is trained before the first step."""
+        self._take(config)
+        self._slots: Slots | None = None
+        self._workers = _Split(self._store, self._need)
+
+    def _take(self, config: dict[str, Any]) -> None:
+        self._name, self._first = config["id"], config["orders"]
+        self._mailbox = config["mailbox"]
+        self._store = FeatureStore(config["store"])
+        self._need = Resources.model_validate(config["resources"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin the next trial."""
+        """Begin as another array."""
         self.cleanup()
-        self._epochs = self._run(new_config)
+        self._take(new_config)
         return True
 
-    @staticmethod
-    def _run(config: dict[str, Any]) -> Generator[Epoch, None, None]:
-        """Yield the epochs of a trial, then conclude it. Nothing happens before the first step."""
-        store = FeatureStore(config["store"])
-        task = Task.model_validate_json(config["task"])
-        yield from drive(store, task, Resources.model_validate(config["resources"]))
-        conclude_stage_1(RunFolder(store.storage, task), store.open(task.benchmark))
-
     def step(self) -> dict[str, Any]:
-        """Run one epoch, or conclude the trial."""
-        ended: dict[str, Any] = {"done": True, "hm": -1.0}
+        """Train one epoch of every ordered trial."""
+        import ray
+
+        mailbox: Any = ray.get_actor(self._mailbox)
+        said = ray.get(mailbox.get.remote(self._name))
+        orders = json.loads(said or self._first)
+        if not orders:
+            time.sleep(_IDLE_SECONDS)  # all trials wait for decisions that others' reports bring
         try:
-            epoch = next(self._epochs, None)
-        except TrainingFailed as error:
-            return ended | {"failed": str(error)}
+            rows = [as_row(*outcome) for outcome in self._round(orders)]
         except UserError as error:
-            return ended | {"trouble": str(error)}
-        if epoch is None:
-            return ended | {"finished": True}
-        return {
-            # Tune flattens nested results; a text stays whole.
-            "record": canonical(epoch.as_dict()),
-            "replayed": epoch.replayed,
-            "hm": epoch.val.get("HM", -1.0),
-            "done": False,
-        }
+            rows = [{"trouble": str(error)}]
+        # Tune flattens nested results; a text stays whole.
+        return {"rows": json.dumps(rows), "hm": 0.0, "done": False}
+
+    def _round(self, orders: list[dict[str, Any]]) -> Iterator[Outcome]:
+        runs = [(Task.model_validate_json(o["task"]), int(o["known"])) for o in orders]
+        if self._need.workers > 1:
+            return self._workers.round(runs)
+        if self._slots is None:
+            self._slots = Slots(self._store, self._need)
+        return self._slots.round(runs)
 
     def cleanup(self) -> None:
         """Stop the trial's workers, if it has any."""
-        self._epochs.close()
+        self._workers.stop()
+
+
+class _Split:
+    """One trial at a time, split over Ray Train workers."""
+
+    def __init__(self, store: FeatureStore, need: Resources) -> None:
+        self._store, self._need = store, need
+        self._task = ""
+        self._epochs: Generator[Epoch, None, None] | None = None
+
+    def round(self, runs: list[tuple[Task, int]]) -> Iterator[Outcome]:
+        """Train one epoch of the one run that is named."""
+        for task, known in runs:
+            if task.id != self._task or self._epochs is None:
+                self.stop()
+                self._task, self._epochs = task.id, drive(self._store, task, self._need)
+            try:
+                for epoch in self._epochs:
+                    last = epoch.epoch + 1 == task.train.epochs
+                    if last:
+                        self._conclude(task)
+                    if epoch.epoch >= known or last:
+                        yield Outcome(task.id, epoch if epoch.epoch >= known else None, last)
+                    if not epoch.replayed:
+                        return
+            except TrainingFailed as error:
+                yield Outcome(task.id, failed=str(error))
+
+    def _conclude(self, task: Task) -> None:
+        """Let the workers finish, then score."""
+        for _ in self._epochs or ():
+            pass
+        conclude_stage_1(RunFolder(self._store.storage, task), self._store.open(task.benchmark))
+
+    def stop(self) -> None:
+        """Stop the workers."""
+        if self._epochs is not None:
+            self._epochs.close()
+        self._epochs = None

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import optuna
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -26,6 +25,8 @@ from avzero.models._contract import Shapes
 from avzero.models._registry import extra_folders, make_config, model_class, outline
 from avzero.spec import TRAIN_FIELDS, Job, Strict, Task, TrainConfig, load_yaml, validate
 from avzero.train.data import require_features
+from avzero.train.structure import structure
+from avzero.tune.samplers import grid_points, make_sampler
 
 Choice = str | bool | int | float
 
@@ -90,6 +91,9 @@ class Group:
         self.title = f"{benchmark.name}+{text}" if own_text else benchmark.name
         self.key = f"{self.title}--{model}"
         require_features(model, benchmark, self.protocol)
+        vectors = benchmark.class_vectors(self.protocol.text, self.protocol.text_alignment)
+        self.shapes = Shapes(dict(benchmark.dims), vectors.shape[1], benchmark.temporal)
+        self._structures: dict[str, str] = {}
         own = set(model_class(model).Config.model_fields)
         file = load_space(model)
         fixed = dict(job.train) | dict(job.fixed.get(model, {}))
@@ -110,9 +114,22 @@ class Group:
             if name not in fixed
         }
         self.published = _published(file, benchmark)
-        self._admit_published()
+        self._is_grid = job.search.sampler == "grid"
+        if not self._is_grid:  # its values are those the job lists
+            self._admit_published()
         self._base = file.defaults | (self.published.values if self.published else {}) | fixed
         self.start_points = self._start_points()
+        """Configurations to try first; of a grid, all that are tried."""
+        self.trials = job.search.trials
+        """Number of trials; less than the job asks for where a grid has fewer points."""
+        try:
+            if self._is_grid:
+                self.start_points = self._grid()
+                self.trials = len(self.start_points)
+            else:
+                make_sampler(job.search, 0, self.distributions)
+        except UserError as error:
+            raise UserError(f"job {job.name}: {self.key}: {error}") from error
         self._check_values()
 
     def _admit_published(self) -> None:
@@ -123,7 +140,10 @@ class Group:
                 self.distributions[name] = CategoricalDistribution((*known.choices, value))
 
     def _start_points(self) -> list[dict[str, Any]]:
-        """Return the configurations to try first: the published point, then the job's own."""
+        """Return the configurations to try first: the published point, then the job's own.
+
+        A published or default point outside a grid is left out.
+        """
         preset, where = self.job.protocol.preset, f"job {self.job.name}: start point"
         model_defaults = make_config(self.model, {}, preset, where).model_dump()
         train = TrainConfig()
@@ -138,19 +158,29 @@ class Group:
                         "has no range. Remove it from the point, or give it a range"
                     )
             points.append(first | point)
-        for number, values in enumerate(points):
-            for name, value in values.items():
-                if not _contains(self.distributions[name], value):
-                    raise UserError(
-                        f"{where} {number} of {self.key}: {name} = {value!r} is outside its range; "
-                        f"widen search.space.{name} or fix it"
-                    )
-        return points
+        outside = [
+            next((n for n, v in values.items() if not _contains(self.distributions[n], v)), None)
+            for values in points
+        ]
+        for number, bad in enumerate(outside):
+            if bad is not None and not (self._is_grid and number == 0):
+                raise UserError(
+                    f"{where} {number} of {self.key}: {bad} = {points[number][bad]!r} is outside "
+                    f"its range; widen search.space.{bad}, fix it, or give another value"
+                )
+        return [point for point, bad in zip(points, outside, strict=True) if bad is None]
+
+    def _grid(self) -> list[dict[str, Any]]:
+        """Return the points of a grid that are tried: start points, then a fair sample."""
+        most = self.job.search.trials
+        sample = grid_points(self.distributions, self.job.search.seed, most)
+        points = {tuple(p[n] for n in self.distributions): p for p in [*self.start_points, *sample]}
+        return list(points.values())[:most]
 
     def _check_values(self) -> None:
         """Refuse now what would otherwise stop the sweep half-way: bounds and batch sizes."""
         workers = {self.job.resources.workers, self.job.test.workers}
-        tasks = [self.task(point) for point in self.start_points]
+        tasks = [self.task(p) for p in self.start_points[: 1 + len(self.job.search.points)]]
         for name, distribution in self.distributions.items():
             ends = getattr(distribution, "choices", None) or (distribution.low, distribution.high)  # type: ignore[attr-defined]
             tasks += [self.task({name: value}) for value in ends]
@@ -166,18 +196,26 @@ class Group:
 
     def _check_system(self, config: dict[str, Any]) -> None:
         """Refuse a system that cannot be built for this benchmark, or scored as the job asks."""
-        info, protocol = self.benchmark, self.protocol
-        width = info.class_vectors(protocol.text, protocol.text_alignment).shape[1]
         own = model_class(self.model).Config.model_validate(config)
         try:
-            model = outline(self.model, own, Shapes(dict(info.dims), width, info.temporal))
+            model = outline(self.model, own, self.shapes)
         except UserError as error:
             raise UserError(f"job {self.job.name}: {self.key}: {error}") from error
-        if protocol.calibration == "scaled" and not model.lengths:
+        if self.protocol.calibration == "scaled" and not model.lengths:
             raise UserError(
                 f"job {self.job.name}: {self.model} compares logits or products, which calibration "
                 "scaled has no unit for; use calibration: absolute"
             )
+
+    def structure(self, values: Mapping[str, Any]) -> str:
+        """Return what configurations must agree in to be trained stacked."""
+        task = self.task(values)
+        key = canonical([task.config, task.train.model_dump(mode="json")])
+        if key not in self._structures:
+            own = model_class(self.model).Config.model_validate(task.config)
+            model = outline(self.model, own, self.shapes)
+            self._structures[key] = structure(model, task, self.shapes, 0)
+        return self._structures[key]
 
     def task(self, values: Mapping[str, Any]) -> Task:
         """Return the stage-1 run of a configuration (values of the searched names)."""
@@ -249,22 +287,3 @@ def load_space(model: str) -> SpaceFile:
         f"no search space {model}.yaml in {', '.join(str(f) for f in space_folders())}; "
         "a system needs one"
     )
-
-
-def make_sampler(kind: Literal["tpe", "random"], seed: int) -> optuna.samplers.BaseSampler:
-    """Return the Optuna sampler of a job."""
-    if kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8)
-
-
-def make_pruner(job: Job) -> optuna.pruners.BasePruner:
-    """Return the Optuna pruner of a job; it judges the best VAL HM so far, by epoch."""
-    search = job.search
-    if search.pruner == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=search.min_epochs, reduction_factor=search.reduction
-        )
-    if search.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=search.min_epochs)
-    return optuna.pruners.NopPruner()

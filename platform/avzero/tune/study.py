@@ -1,33 +1,34 @@
-"""One Optuna study per group: the truth about a sweep's trials, kept in a journal file.
+"""One Optuna study per group: the truth about a sweep's trials, ordered by a virtual clock.
 
-The journal is written before anything acts on it, so after any kill the same command finds every
-trial with its values, its reported epochs and its state, hands out unfinished ones first (they
-resume from their checkpoints) and asks the sampler only for what is still missing.
+A study has a fixed number of seats. A trial sits in a seat; every epoch it trains takes one tick,
+and the seat's next trial starts when it ends. What is known at (tick, seat) is what happened at
+earlier (tick, seat)s: reports are taken in that order, however the machines' real speeds mix them,
+and stopping and proposing look at nothing else. So the same sweep comes out whatever was killed and
+restarted in between, and on any number of machines. A trial that has trained up to a decision
+which others' reports must precede is held until those have come in.
+
+Everything is written to the journal before anything acts on it: after any kill, the same reports
+taken again in the same order change nothing.
 """
 
 from __future__ import annotations
 
-import fcntl
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from avzero.canon import identity
-from avzero.data.cache import cache_root
-from avzero.data.storage import Storage, disk_errors
-from avzero.errors import UserError
-from avzero.protocol.counter import fold
+from avzero.data.storage import Storage
 from avzero.train.folder import RunFolder
 from avzero.train.records import Epoch
+from avzero.tune.journal import Journal
 from avzero.tune.listener import TrialView
-from avzero.tune.space import Group, make_pruner, make_sampler
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+from avzero.tune.rungs import SEAT, START, decides, should_stop
+from avzero.tune.samplers import make_sampler
+from avzero.tune.space import Group
 
 _STATE_NAMES = {
     TrialState.COMPLETE: "complete",
@@ -35,117 +36,115 @@ _STATE_NAMES = {
     TrialState.FAIL: "failed",
 }
 _STATES = {name: state for state, name in _STATE_NAMES.items()}
+_END = "end"
+"""User attribute: the virtual epoch at which a trial ended."""
 
 
-class Journal:
-    """The journal file of a sweep; for object storage a local copy that is mirrored.
+class Report(NamedTuple):
+    """What a worker says of a run: an epoch, its end, or its failure."""
 
-    One driver writes a sweep at a time (``exclusive``); the mirror is replaced whole after every
-    change.
-    """
+    epoch: Epoch | None
+    finished: bool = False
+    failed: str = ""
 
-    def __init__(self, storage: Storage, sweep: str) -> None:
-        self._storage = storage
-        self._key = f"sweeps/{sweep}/study.journal"
-        own = storage.local_path(self._key)
-        self._mirrored = own is None
-        self.path = own or cache_root() / "sweeps" / identity([storage.url, sweep]) / "journal"
-        self._sweep = sweep
-        if self._mirrored:
-            self._fetch()
 
-    def _fetch(self) -> None:
-        """Bring the local copy up to date with object storage."""
-        with disk_errors(self.path, "set AVZERO_CACHE to another folder"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._storage.download(self._key, self.path)
-        except KeyError:
-            self.path.unlink(missing_ok=True)
+class Event(NamedTuple):
+    """What happened to a trial: it started, it ended, or an epoch of it is over."""
 
-    def load(self, group: Group) -> optuna.Study | None:
-        """Return a group's study for reading; None when there is none yet."""
-        if not self.path.exists():
-            return None
-        storage = self._open()
-        if group.key not in {s.study_name for s in optuna.get_all_study_summaries(storage)}:
-            return None
-        return optuna.load_study(study_name=group.key, storage=storage)
+    trial: TrialView
+    epoch: Epoch | None = None
 
-    def create(self, group: Group) -> optuna.Study:
-        """Return a group's study for writing, made if needed."""
-        return optuna.create_study(
-            study_name=group.key,
-            storage=self._open(),
-            direction="maximize",
-            load_if_exists=True,
-            pruner=make_pruner(group.job),
-        )
 
-    def _open(self) -> JournalStorage:
-        return JournalStorage(JournalFileBackend(str(self.path)))
+@dataclass
+class _Seat:
+    """A place for one trial at a time."""
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Be the sweep's only driver on this machine.
+    free: int = 0
+    """Virtual epoch from which it is free, while nobody sits in it."""
+    trial: optuna.trial.Trial | None = None
+    view: TrialView | None = None
+    start: int = 0
+    inbox: deque[Report] = field(default_factory=deque)
+    """Reports that are not due yet."""
+    trained: int = 0
+    """Epochs reported, those in the inbox included."""
+    over: bool = False
+    """Whether the last report has come in."""
 
-        Raises:
-            UserError: another process is.
-        """
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = self.path.with_name("driver.lock").open("w")
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"sweep {self._sweep}: another avzero is running it on this machine; wait for "
-                    "it, or stop it"
-                ) from error
-            if self._mirrored:
-                self._fetch()
-            self._repair()
-            yield
+    def sit(self, trial: optuna.trial.Trial, view: TrialView, start: int) -> None:
+        """Give the seat to a trial."""
+        self.trial, self.view, self.start = trial, view, start
+        self.inbox.clear()
+        self.trained, self.over = 0, False
 
-    def _repair(self) -> None:
-        """Undo what a driver leaves that was killed while it wrote: its lock, half a line."""
-        for stale in self.path.parent.glob(f"{self.path.name}*.lock"):
-            stale.unlink(missing_ok=True)
-        if self.path.exists():
-            data = self.path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole != len(data):
-                self.path.write_bytes(data[:whole])
-
-    def publish(self) -> None:
-        """Copy the journal to object storage."""
-        if self._mirrored and self.path.exists():
-            self._storage.upload(self._key, self.path)
+    @property
+    def moment(self) -> int:
+        """The virtual epoch of what happens next in this seat."""
+        return self.free if self.view is None else self.start + len(self.view.epochs) + 1
 
 
 class GroupStudy:
-    """The trials of one group. Reading needs nothing; ``begin`` comes before handing out."""
+    """The trials of one group. Reading needs nothing; ``begin`` comes before running."""
 
     def __init__(self, group: Group, journal: Journal, storage: Storage) -> None:
         self.group = group
         self._journal = journal
         self._storage = storage
         self._study = journal.load(group)
-        self._unfinished: list[FrozenTrial] = []
-        self._live: dict[int, optuna.trial.Trial] = {}
+        self._seats: list[_Seat] = []
+        self._orphans: list[FrozenTrial] = []
         self._twins: dict[int, list[tuple[optuna.trial.Trial, TrialView]]] = {}
-        self._closed_twins: list[TrialView] = []
 
-    def begin(self) -> None:
-        """Prepare to hand out trials; the journal must be held exclusively."""
-        self._study = self._journal.create(self.group)
-        for point in self.group.start_points:
-            self._study.enqueue_trial(point, skip_if_exists=True)
-        self._unfinished = [t for t in self._trials() if t.state is TrialState.RUNNING]
+    @property
+    def open(self) -> bool:
+        """Whether ``begin`` has been called."""
+        return bool(self._seats)
+
+    def begin(self, seats: int) -> list[Event]:
+        """Prepare to run; the journal must be held exclusively.
+
+        Args:
+            seats: how many trials run side by side; a study keeps what it began with.
+        """
+        study = self._study = self._journal.create(self.group)
+        if "seats" not in study.user_attrs:
+            study.set_user_attr("seats", self.group.job.search.seats or seats)
+        for point in self.group.start_points[: self.group.trials]:
+            study.enqueue_trial(point, skip_if_exists=True)
+        return self._take_seats(study)
+
+    def _take_seats(self, study: optuna.Study) -> list[Event]:
+        """Put unfinished trials of an earlier driver back into their seats."""
+        self._seats = [_Seat() for _ in range(study.user_attrs["seats"])]
+        placed = [t for t in self._trials() if SEAT in t.user_attrs]
+        for trial in placed:
+            seat = self._seats[trial.user_attrs[SEAT]]
+            seat.free = max(seat.free, trial.user_attrs.get(_END, 0))
+            if trial.state is TrialState.RUNNING:
+                # Optuna has no public way to take up a running trial by its number.
+                own = optuna.trial.Trial(study, trial._trial_id)
+                seat.sit(own, self._view(trial.number, trial.params), trial.user_attrs[START])
+        running = [t for t in self._trials() if t.state is TrialState.RUNNING]
+        # Whoever sits down does so after everything that has begun; where all had ended and more
+        # trials are asked for, after everything that has ended.
+        latest = max((t.user_attrs[START] for t in placed), default=0)
+        if not running:
+            latest = max([latest, *(t.user_attrs.get(_END, 0) for t in placed)])
+        for seat in self._seats:
+            seat.free = max(seat.free, latest)
+        unplaced = [t for t in running if SEAT not in t.user_attrs]
+        self._orphans = [t for t in unplaced if "twin_of" not in t.user_attrs]
+        events = [Event(seat.view) for seat in self._seats if seat.view is not None]
+        for trial in unplaced:
+            if "twin_of" in trial.user_attrs:
+                own = optuna.trial.Trial(study, trial._trial_id)
+                events += self._pair(own, self._view(trial.number, trial.params))
+        return events
 
     def _trials(self) -> list[FrozenTrial]:
         return [] if self._study is None else self._study.get_trials(deepcopy=False)
+
+    # -- what is known --------------------------------------------------------------------------
 
     def done(self) -> list[TrialView]:
         """Return the trials that have ended."""
@@ -153,104 +152,188 @@ class GroupStudy:
 
     @property
     def remaining(self) -> int:
-        """Number of trials that have neither ended nor been handed out by this object."""
+        """Number of trials that have not ended."""
         ended = sum(t.state.is_finished() for t in self._trials())
-        waiting = sum(len(several) for several in self._twins.values())
-        return max(0, self.group.job.search.trials - ended - len(self._live) - waiting)
+        return max(0, self.group.trials - ended)
 
-    def next(self) -> TrialView | None:
-        """Return the next trial to run: an unfinished one, a start point, or a proposal.
+    def winner(self) -> TrialView | None:
+        """Return the complete trial best in the first objective; the earliest of equals."""
+        complete = [t for t in self._trials() if t.state is TrialState.COMPLETE]
+        if not complete:
+            return None
+        return self._ended_view(max(complete, key=lambda t: (t.values[0], -t.number)))
 
-        A configuration that another trial has already is not run twice: it takes over that
-        trial's outcome (``take_twins``).
-        """
-        while self.remaining:
-            trial = self._take()
-            values = {
-                # Also completes a trial whose driver was killed half-way through proposing it.
-                name: trial._suggest(name, distribution)
-                for name, distribution in self.group.distributions.items()
-            }
-            view = self._view(trial.number, values)
-            earlier = {
-                t.user_attrs["task"]: t
-                for t in reversed(self._trials())
-                if "task" in t.user_attrs and t.number != trial.number
-            }.get(view.task.id)
-            trial.set_user_attr("task", view.task.id)
-            if earlier is None:
-                self._live[trial.number] = trial
-                self._journal.publish()
-                return view
-            view.twin_of = earlier.number
-            trial.set_user_attr("twin_of", earlier.number)
-            if earlier.state.is_finished():
-                self._close_twin(trial, view, self._ended_view(earlier))
+    # -- running --------------------------------------------------------------------------------
+
+    def runnable(self) -> list[TrialView]:
+        """Return the trials whose next epoch may be trained now, the most urgent first."""
+        ready = [
+            (seat.start + seat.trained, at, seat.view)
+            for at, seat in enumerate(self._seats)
+            if seat.view is not None and not seat.over and not self._held(seat)
+        ]
+        return [view for _, _, view in sorted(ready, key=lambda item: item[:2])]
+
+    def known(self, task: str) -> int:
+        """Return how many epochs of a running trial have been reported."""
+        return next((s.trained for s in self._seats if s.view and s.view.task.id == task), 0)
+
+    def runs(self, task: str) -> bool:
+        """Return whether a trial of this run sits in a seat."""
+        return any(seat.view is not None and seat.view.task.id == task for seat in self._seats)
+
+    def _held(self, seat: _Seat) -> bool:
+        """Return whether a decision about a seat's trial is still to be taken."""
+        if seat.view is None:
+            return False
+        steps = [
+            report.epoch.epoch + 1
+            for report in seat.inbox
+            if report.epoch is not None and report.epoch.val
+        ]
+        seen = [epoch.epoch + 1 for epoch in seat.view.epochs if epoch.val]
+        search, epochs = self.group.job.search, seat.view.task.train.epochs
+        return any(
+            decides(before, step, search, epochs)
+            for before, step in zip([max(seen, default=0), *steps], steps, strict=False)
+        )
+
+    def receive(self, task: str, report: Report) -> None:
+        """Take a worker's report; it counts when its turn comes (``advance``)."""
+        for seat in self._seats:
+            if seat.view is not None and seat.view.task.id == task and not seat.over:
+                # A restarted worker repeats what is known.
+                if report.epoch is not None and report.epoch.epoch != seat.trained:
+                    return
+                seat.trained += report.epoch is not None
+                seat.over = report.finished or bool(report.failed)
+                seat.inbox.append(report)
+
+    def advance(self) -> Iterator[Event]:
+        """Process what is due, in the order of the virtual clock; yield what happened."""
+        while True:
+            asked = sum(t.state is not TrialState.WAITING for t in self._trials())
+            more = bool(self._orphans) or asked < self.group.trials
+            due = [
+                (seat.moment, at)
+                for at, seat in enumerate(self._seats)
+                if seat.view is not None or more
+            ]
+            if not due:
+                break
+            seat = self._seats[min(due)[1]]
+            if seat.view is None:
+                yield from self._ask(seat, min(due)[1])
+            elif seat.inbox:
+                yield from self._process(seat, seat.inbox.popleft())
             else:
-                self._twins.setdefault(earlier.number, []).append((trial, view))
-        return None
-
-    def _take(self) -> optuna.trial.Trial:
-        """Return an unfinished trial of an earlier driver, or a new one."""
-        study = self._for_writing()
-        if self._unfinished:
-            # Optuna has no public way to take up a running trial by its number.
-            return optuna.trial.Trial(study, self._unfinished.pop(0)._trial_id)
-        # A sampler per trial, seeded by the trial's number: what is proposed depends on the
-        # history alone, not on when the sweep was stopped and resumed.
-        search = self.group.job.search
-        study.sampler = make_sampler(search.sampler, fold(search.seed, len(self._trials())) >> 33)
-        return study.ask(self.group.distributions)
-
-    def report(self, view: TrialView, epoch: Epoch) -> bool:
-        """Record an epoch; return whether the trial should be stopped early."""
-        view.epochs.append(epoch)
-        if not epoch.val:
-            return False
-        trial = self._live[view.number]
-        step = epoch.epoch + 1
-        if step not in self._trials()[view.number].intermediate_values:
-            trial.report(view.hm, step)
-        if step >= view.task.train.epochs:
-            return False
-        return bool(trial.should_prune())
-
-    def close(self, view: TrialView) -> None:
-        """Tell the study how a trial ended, and its twins with it."""
-        trial = self._live.pop(view.number)
-        self._tell(trial, view)
-        for twin, twin_view in self._twins.pop(view.number, []):
-            self._close_twin(twin, twin_view, view)
+                break
         self._journal.publish()
 
-    def release(self, view: TrialView) -> None:
-        """Let go of a trial without ending it: the next driver takes it up."""
-        del self._live[view.number]
-        self._twins.pop(view.number, None)
+    def _ask(self, seat: _Seat, at: int) -> Iterator[Event]:
+        """Give a free seat its next trial."""
+        trial = self._next_trial()
+        values = {
+            # Also completes a trial whose driver was killed half-way through proposing it.
+            name: trial._suggest(name, distribution)
+            for name, distribution in self.group.distributions.items()
+        }
+        view = self._view(trial.number, values)
+        earlier = {
+            t.user_attrs["task"]: t.number
+            for t in reversed(self._trials())
+            if "task" in t.user_attrs and t.number != trial.number
+        }.get(view.task.id)
+        trial.set_user_attr("task", view.task.id)
+        if earlier is not None:
+            trial.set_user_attr("twin_of", earlier)
+            yield from self._pair(trial, view)
+            return
+        start = seat.free
+        trial.set_user_attr(START, start)
+        trial.set_user_attr(SEAT, at)  # the last: a trial with a seat is whole
+        seat.sit(trial, view, start)
+        yield Event(view)
 
-    def take_twins(self) -> list[TrialView]:
-        """Return the twins that have ended since the last call."""
-        taken, self._closed_twins = self._closed_twins, []
-        return taken
+    def _next_trial(self) -> optuna.trial.Trial:
+        """Return a trial whose proposal was interrupted, a start point, or a new proposal."""
+        study = self._for_writing()
+        number = self._orphans[0].number if self._orphans else len(self._trials())
+        # A sampler per trial: what it proposes depends on the history alone, not on when the
+        # sweep was stopped and resumed.
+        study.sampler = make_sampler(self.group.job.search, number, self.group.distributions)
+        if self._orphans:
+            # Only ``ask`` and ``tell`` drop what a sampler has read of the study before.
+            study._thread_local.cached_all_trials = None
+            return optuna.trial.Trial(study, self._orphans.pop(0)._trial_id)
+        return study.ask(self.group.distributions)
 
-    def _close_twin(self, trial: optuna.trial.Trial, view: TrialView, original: TrialView) -> None:
+    def _process(self, seat: _Seat, report: Report) -> Iterator[Event]:
+        """Take a report whose turn has come."""
+        view, epoch = seat.view, report.epoch
+        if view is None:
+            return
+        if epoch is not None:
+            view.epochs.append(epoch)
+            if epoch.val and self._stops(seat, view, epoch.epoch + 1):
+                view.state = "pruned"
+            yield Event(view, epoch)
+        if view.state == "running" and report.failed:
+            view.state, view.reason = "failed", report.failed
+        elif view.state == "running" and report.finished:
+            view.state = "complete"
+            view.result = view.folder.load_result("val")
+        if view.state != "running":
+            yield from self._close(seat, view, failed=bool(report.failed))
+
+    def _stops(self, seat: _Seat, view: TrialView, step: int) -> bool:
+        """Record a value; return whether the trial is stopped early."""
+        trials = self._trials()
+        own = trials[view.number]
+        if step not in own.intermediate_values:
+            # Not Trial.report, which refuses studies of several objectives.
+            study = self._for_writing()
+            study._storage.set_trial_intermediate_value(own._trial_id, step, view.hm)
+        search = self.group.job.search
+        return should_stop(own, step, view.hm, trials, search, view.task.train.epochs)
+
+    def _close(self, seat: _Seat, view: TrialView, failed: bool) -> Iterator[Event]:
+        """End a trial, and its twins with it; its seat is free from now on."""
+        trial, seat.trial, seat.view = seat.trial, None, None
+        seat.free = seat.start + len(view.epochs) + failed
+        seat.inbox.clear()
+        if trial is None:
+            return
+        trial.set_user_attr(_END, seat.free)
+        self._tell(trial, view)
+        yield Event(view)
+        for twin, twin_view in self._twins.pop(view.number, []):
+            yield self._close_twin(twin, twin_view, view)
+
+    def _pair(self, trial: optuna.trial.Trial, view: TrialView) -> list[Event]:
+        """Let a trial share the outcome of the earlier one with the same configuration."""
+        view.twin_of = int(trial.user_attrs["twin_of"])
+        original = self._trials()[view.twin_of]
+        if original.state.is_finished():
+            return [self._close_twin(trial, view, self._ended_view(original))]
+        self._twins.setdefault(view.twin_of, []).append((trial, view))
+        return []
+
+    def _close_twin(self, trial: optuna.trial.Trial, view: TrialView, original: TrialView) -> Event:
         """End a trial with the outcome of the one that has the same configuration."""
         view.state, view.reason = original.state, original.reason
         view.epochs, view.result = original.epochs, original.result
         self._tell(trial, view)
-        self._closed_twins.append(view)
+        return Event(view)
 
     def _tell(self, trial: optuna.trial.Trial, view: TrialView) -> None:
-        trial.set_user_attr("reason", view.reason)
-        value = view.hm if view.state == "complete" else None
-        self._for_writing().tell(trial, value, state=_STATES[view.state])
-
-    def winner(self) -> TrialView | None:
-        """Return the complete trial with the highest VAL HM; the earliest of equals."""
-        complete = [t for t in self._trials() if t.state is TrialState.COMPLETE]
-        if not complete:
-            return None
-        return self._ended_view(max(complete, key=lambda t: (t.value or 0.0, -t.number)))
+        if view.reason:
+            trial.set_user_attr("reason", view.reason)
+        values = None
+        if view.state == "complete" and view.best is not None:
+            names = self.group.job.search.objectives
+            values = [view.best.val[name.upper()] for name in names]
+        self._for_writing().tell(trial, values, state=_STATES[view.state])
 
     def _for_writing(self) -> optuna.Study:
         if self._study is None:

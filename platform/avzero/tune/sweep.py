@@ -1,21 +1,23 @@
 """Running a sweep: Ray Tune executes the trials the studies hand out.
 
-Ray Tune places trials, retries those whose worker died, and keeps one long-lived actor per slot
-(``reuse_actors``: a new trial costs 0.2 s instead of 2 to 3 s and a process). It keeps no state
-that matters: what to run next, what to stop early and what is finished is in the Optuna studies,
-so a sweep continues by running the same command, without ``Tuner.restore``, which would forget
-the evidence for early stopping.
+Ray Tune places arrays, one per GPU or per core, and restarts those whose process died; an array
+trains several trials at once (``train.array``) and is refilled with others as they end, so a trial
+costs no process of its own. Tune keeps no state that matters: what to run next, what to stop early
+and what is finished is in the Optuna studies, so a sweep continues by running the same command,
+without ``Tuner.restore``, which would forget the evidence for early stopping.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.distributions import distribution_to_json
 from ray import tune
 
 from avzero.canon import canonical
@@ -25,11 +27,13 @@ from avzero.errors import UserError
 from avzero.models._registry import model_class
 from avzero.spec import Job, Resources
 from avzero.train.data import StageData
-from avzero.tune.desk import METRIC, StudyScheduler, StudySearcher, TrialDesk
+from avzero.tune.desk import Desk, Mailbox
+from avzero.tune.journal import Journal
 from avzero.tune.listener import Listener, TrialView
-from avzero.tune.runner import TrialRunner
+from avzero.tune.place import METRIC, ArrayScheduler, ArraySearcher
+from avzero.tune.runner import ArrayRunner
 from avzero.tune.space import Group
-from avzero.tune.study import GroupStudy, Journal
+from avzero.tune.study import GroupStudy
 
 
 class Sweep:
@@ -43,6 +47,8 @@ class Sweep:
         self.job = job
         self.store = store
         self.listeners = tuple(listeners)
+        self.use = 0.0
+        """Share of the slots that was used, after ``run``."""
         self._claim_key = f"sweeps/{job.name}/job.json"
         earlier = self._earlier_claim()
         infos = {name: self._info(name, earlier) for name in job.benchmarks}
@@ -59,6 +65,10 @@ class Sweep:
                 group.key: {
                     "digest": group.benchmark.digest,
                     "fixed": dict(job.fixed.get(group.model, {})),
+                    "space": {
+                        name: json.loads(distribution_to_json(range_))
+                        for name, range_ in group.distributions.items()
+                    },
                 }
                 for group in self.groups
             },
@@ -148,8 +158,6 @@ class Sweep:
         self._check_features()
         with self.journal.exclusive():
             self.studies = self._open_studies()
-            for study in self.studies.values():
-                study.begin()
             self.store.storage.write(self._claim_key, canonical(self._claim).encode())
             return self._run_missing()
 
@@ -169,20 +177,35 @@ class Sweep:
         done = self.done()
         for view in done:
             self.record(view, only_missing=True)
-        desk = TrialDesk(self.studies, self.record, self.listeners)
+        single = self.job.resources.execution == "trial" or self.job.resources.workers > 1
         finished = False
         try:
             for listener in self.listeners:
                 listener.sweep_started(self.job, self.groups, done)
             if self.remaining:
-                with tempfile.TemporaryDirectory(prefix="avzero-tune-") as scratch:
-                    self._tuner(desk, Path(scratch)).fit()
+                arrays, slots = concurrency(self.job), self.job.resources.width
+                desk = Desk(self.studies, self.record, self.listeners, slots, arrays, single)
+                self._run_tune(desk, arrays, single)
+                self.use = desk.use
                 desk.raise_trouble()
-            finished = not desk.open_trials and not self.remaining
+            finished = not self.remaining
         finally:
             for listener in self.listeners:
                 listener.sweep_ended(self.done(), not finished)
         return finished
+
+    def _run_tune(self, desk: Desk, arrays: int, single: bool) -> None:
+        """Let Ray Tune run arrays until the desk has nothing left."""
+        import ray
+
+        name = f"avzero-{uuid.uuid4().hex}"
+        actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mailbox)
+        handle: Any = actor.options(name=name).remote()
+        try:
+            with tempfile.TemporaryDirectory(prefix="avzero-tune-") as scratch:
+                self._tuner(desk, Path(scratch), (name, handle), arrays, single).fit()
+        finally:
+            ray.kill(handle)  # a named actor would outlive the sweep
 
     def record(self, view: TrialView, only_missing: bool = False) -> None:
         """Write a trial's line of the sweep's index."""
@@ -190,26 +213,31 @@ class Sweep:
         if not only_missing or self.store.storage.size(key) is None:
             self.store.storage.write(key, canonical(trial_record(view)).encode())
 
-    def _tuner(self, desk: TrialDesk, scratch: Path) -> tune.Tuner:
+    def _tuner(
+        self, desk: Desk, scratch: Path, mailbox: tuple[str, Any], arrays: int, single: bool
+    ) -> tune.Tuner:
         resources = self.job.resources
         share = {"cpu": resources.cpus, "gpu": resources.gpus}
         if resources.workers > 1:
             # The Ray Train workers bring their own resources; a share of nothing is not allowed,
             # and any share of a CPU could make a trial that fills the machine impossible to place.
             share = {"cpu": 0, "gpu": 0, "memory": 1 << 20}
+        names: dict[str, str] = {}
+        searcher = ArraySearcher(desk, names, single)
         return tune.Tuner(
-            tune.with_resources(TrialRunner, share),
+            tune.with_resources(ArrayRunner, share),
             param_space={
+                "mailbox": mailbox[0],
                 "store": self.store.storage.url,
                 "resources": resources.model_dump(mode="json"),
             },
             tune_config=tune.TuneConfig(
                 metric=METRIC,
                 mode="max",
-                search_alg=StudySearcher(desk),
-                scheduler=StudyScheduler(desk),
-                num_samples=self.remaining,
-                max_concurrent_trials=concurrency(self.job),
+                search_alg=searcher,
+                scheduler=ArrayScheduler(desk, searcher, mailbox[1], names, single),
+                num_samples=-1,
+                max_concurrent_trials=arrays,
                 reuse_actors=True,
                 trial_name_creator=lambda trial: trial.config["id"],
                 trial_dirname_creator=lambda trial: trial.config["id"],
@@ -261,7 +289,7 @@ def check_placement(job: Job, need: Resources) -> int:
 
 
 def concurrency(job: Job) -> int:
-    """Return how many trials run at once on the connected cluster."""
+    """Return how many arrays run at once on the connected cluster."""
     most = check_placement(job, job.resources)
     return min(most, job.resources.concurrent) if job.resources.concurrent else most
 

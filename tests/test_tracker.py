@@ -1,0 +1,496 @@
+"""The MLflow tracker against a stub server: requests, order, faults, taking up, limits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avzero.data.store import FeatureStore
+from avzero.protocol.calibration import Calibration
+from avzero.protocol.seal import Frozen
+from avzero.spec import Job
+from avzero.track import mlflow_tracker, outbox, payload
+from avzero.track.mlflow_tracker import MlflowTracker
+from avzero.track.outbox import Outbox
+from avzero.track.payload import METRIC_KEYS, epoch_metrics, result_metrics
+from avzero.train.folder import RunFolder
+from avzero.tune.listener import FinalView, TrialView
+from avzero.tune.space import Group
+from tests.mlflow_stub import Fault, MlflowStub
+from tests.test_outbox import ended
+from tests.trials import epoch_of, result_of, trial_view
+
+EPOCHS = 12
+SETTINGS: dict[str, Any] = {
+    "name": "tracked",
+    "benchmarks": ["tiny"],
+    "models": ["avca"],
+    "train": {"epochs": EPOCHS},
+    "search": {"trials": 4, "min_epochs": 2, "reduction": 3},
+    "tracking": {"checkpoints": "none"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the pauses after failures; a trial's end comes soon after its rung."""
+    monkeypatch.setattr(outbox, "_PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(mlflow_tracker, "LINGER", 30.0)
+    for picture in ("learning_curves", "seen_unseen_curve"):
+        monkeypatch.setattr(payload, picture, lambda *_: b"picture")  # tests of sweeps draw them
+
+
+@pytest.fixture
+def stub() -> Iterator[MlflowStub]:
+    with MlflowStub() as server:
+        yield server
+
+
+@pytest.fixture
+def job() -> Job:
+    return Job.model_validate(SETTINGS)
+
+
+@pytest.fixture
+def group(store: FeatureStore, job: Job) -> Group:
+    return Group(job, store.info("tiny"), "avca", "w2v")
+
+
+@pytest.fixture
+def trials(group: Group, store: FeatureStore) -> list[TrialView]:
+    """Two trials stopped at a rung, two complete; the last is the best."""
+    return [
+        trial_view(group, store.storage, 0, EPOCHS, complete=True),
+        trial_view(group, store.storage, 1, 2, complete=False),
+        trial_view(group, store.storage, 2, 6, complete=False),
+        trial_view(group, store.storage, 3, EPOCHS, complete=True, hm=0.3),
+    ]
+
+
+def run_trial(tracker: MlflowTracker, trial: TrialView) -> None:
+    tracker.trial_started(trial)
+    for epoch in trial.epochs:
+        tracker.epoch_ended(trial, epoch)
+    if len(trial.epochs) == SETTINGS["search"]["min_epochs"]:
+        time.sleep(0.1)  # stopped at a rung: the end comes a little later
+    tracker.trial_ended(trial)
+
+
+def run_sweep(tracker: MlflowTracker, group: Group, trials: Sequence[TrialView]) -> None:
+    tracker.sweep_started(group.job, [group], [])
+    for trial in trials:
+        run_trial(tracker, trial)
+    tracker.sweep_ended(trials, False)
+
+
+def steps(run: dict[str, Any], key: str = "train/loss") -> list[int]:
+    return [m["step"] for m in run["metrics"] if m["key"] == key]
+
+
+def assert_complete(stub: MlflowStub, trials: Sequence[TrialView]) -> None:
+    """One run per trial, closed, with every epoch and the result once."""
+    runs = {run["tags"]["avzero.run"]: run for run in stub.kind("trial")}
+    assert len(stub.kind("trial")) == len(runs) == len(trials)
+    (parent,) = stub.kind("sweep")
+    assert parent["status"] == "FINISHED"
+    for trial in trials:
+        run = runs[trial.task.id]
+        assert run["status"] == {"complete": "FINISHED", "pruned": "KILLED"}[trial.state]
+        assert run["tags"]["mlflow.parentRunId"] == parent["id"]
+        assert run["params"]["lr"] == str(trial.task.train.lr)
+        assert run["end_time"] >= run["start_time"]
+        for key in ("train/loss", "val/HM"):
+            assert steps(run, key) == [e.epoch for e in trial.epochs]
+        assert [m["value"] for m in run["metrics"] if m["key"] == "HM"] == [100 * trial.hm]
+        assert len({m["key"] for m in run["metrics"]}) <= METRIC_KEYS
+        assert all(run["start_time"] <= m["timestamp"] <= run["end_time"] for m in run["metrics"])
+        files = {name.split("/")[-1] for name in stub.artifacts if run["id"] in name}
+        assert ("per_class.csv" in files) == (trial.state == "complete")
+
+
+# -- requests -----------------------------------------------------------------------------------
+
+
+def test_requests_of_a_sweep(
+    stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
+) -> None:
+    """Three requests for a trial stopped early, four for a complete one."""
+    tracker = MlflowTracker(stub.uri, job)
+    run_sweep(tracker, group, trials)
+    assert_complete(stub, trials)
+    by_run: dict[str, Counter[str]] = {}
+    for endpoint, body in stub.sent:
+        if "run_id" in body:
+            by_run.setdefault(body["run_id"], Counter())[endpoint] += 1
+    for run in stub.kind("trial"):
+        assert by_run[run["id"]] == {"runs/log-batch": 1, "runs/update": 1}
+    assert stub.counts["runs/create"] == 1 + len(trials)
+    assert stub.counts["runs/search"] == stub.counts["runs/get"] == 0, "the experiment was new"
+    (parent,) = stub.kind("sweep")
+    best = next(r for r in stub.kind("trial") if r["tags"]["avzero.number"] == "3")
+    assert parent["tags"]["avzero.best_trial"] == "3"
+    assert {m["key"]: m["value"] for m in parent["metrics"]}["HM"] == 30.0
+    pictures = {"learning_curves.png", "seen_unseen_curve.png"}
+    tables = {"seen_unseen_curve.csv", "per_class.csv", "retrieval.csv"}
+    assert files_of(stub, parent) == pictures | tables | {"job.yaml"}
+    assert files_of(stub, best) == pictures | {"per_class.csv"}
+    assert stub.counts["artifacts"] == 6 + 3 + 1
+
+
+def files_of(stub: MlflowStub, run: dict[str, Any]) -> set[str]:
+    return {name.split("/")[-1] for name in stub.artifacts if run["id"] in name}
+
+
+def test_nothing_before_the_first_rung_then_one_batch_per_rung(
+    stub: MlflowStub,
+    job: Job,
+    group: Group,
+    trials: list[TrialView],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mlflow_tracker, "LINGER", 0.0)
+    tracker = MlflowTracker(stub.uri, job)
+    tracker.sweep_started(job, [group], [])
+    trial = trials[3]
+    tracker.trial_started(trial)
+    logged = []
+    for epoch in trial.epochs:
+        tracker.epoch_ended(trial, epoch)
+        tracker.outbox.drain()
+        logged.append(
+            [len({m["step"] for m in b["metrics"]}) for e, b in stub.sent if e == "runs/log-batch"]
+        )
+        assert len(stub.kind("trial")) == (epoch.epoch >= 1)
+    assert logged == [[]] + 4 * [[2]] + 7 * [[2, 4]]
+    tracker.trial_ended(trial)
+    tracker.outbox.drain()
+    # Parameters go with the first batch, tags of the result with the last.
+    batches = [body for endpoint, body in stub.sent if endpoint == "runs/log-batch"]
+    assert [len(b.get("params", [])) > 20 for b in batches] == [True, False, False]
+    assert steps(stub.kind("trial")[0]) == list(range(EPOCHS))
+
+
+def test_requests_keep_the_limits(stub: MlflowStub, store: FeatureStore, tmp_path: Path) -> None:
+    """1,000 entities and 100 parameters a request, whole epochs in each."""
+    job = Job.model_validate(SETTINGS | {"train": {"epochs": 400}})
+    group = Group(job, store.info("tiny"), "avca", "w2v")
+    trial = trial_view(group, store.storage, 0, 400, complete=True)
+    config = trial.task.config | {f"option_{n}": n for n in range(120)}
+    trial.task = trial.task.model_copy(update={"config": config})
+    run_sweep(MlflowTracker(stub.uri, job), group, [trial])
+    (run,) = stub.kind("trial")
+    assert len(run["params"]) > 130 and steps(run) == list(range(400))
+    seen: list[int] = []
+    for endpoint, body in stub.sent:
+        if endpoint == "runs/log-batch" and body["run_id"] == run["id"]:
+            parts = [len(body.get(part, [])) for part in ("metrics", "params", "tags")]
+            assert sum(parts) <= 1000 and max(parts[1:]) <= 100
+            by_step = Counter(m["step"] for m in body["metrics"] if "/" in m["key"])
+            assert set(by_step.values()) == {8}
+            seen += by_step
+    assert seen == list(range(400))
+
+
+def test_at_most_fifteen_metric_keys() -> None:
+    per_epoch = set(epoch_metrics(epoch_of(0)))
+    trial = set(result_metrics(result_of("t"), METRIC_KEYS - len(per_epoch)))
+    assert len(per_epoch | trial) == METRIC_KEYS and {"HM", "AUSUC", "seconds"} <= trial
+    test = result_metrics(result_of("t", "test"))
+    assert len(test) <= METRIC_KEYS
+    assert {"S_source_disjoint", "retrieval/mAP_text_both_hm"} <= set(test)
+
+
+# -- taking up ----------------------------------------------------------------------------------
+
+
+def test_running_again_adds_nothing(
+    stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
+) -> None:
+    run_sweep(MlflowTracker(stub.uri, job), group, trials)
+    before, runs = Counter(stub.counts), len(stub.runs)
+    metrics = {run["id"]: list(run["metrics"]) for run in stub.runs.values()}
+    tracker = MlflowTracker(stub.uri, job)
+    tracker.sweep_started(job, [group], trials)
+    tracker.sweep_ended(trials, False)
+    assert_complete(stub, trials)
+    assert len(stub.runs) == runs
+    assert metrics == {run["id"]: run["metrics"] for run in stub.runs.values()}
+    asked = Counter(stub.counts) - before
+    assert asked["runs/log-batch"] == asked["runs/create"] == 0
+    assert asked["runs/search"] == 2 and asked.total() <= 8, "not one request per trial"
+
+
+def test_missing_runs_are_filled_in(
+    stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
+) -> None:
+    """Trials of an earlier, untracked call; more than a page of them. Twins have no run."""
+    stub.page = 20
+    many = [*trials]
+    storage = trials[0].folder.storage
+    many += [trial_view(group, storage, n, 2, complete=False) for n in range(4, 45)]
+    twin = trial_view(group, storage, 45, EPOCHS, complete=True)
+    twin.twin_of = 0
+    for held_back in (many[5:], []):
+        tracker = MlflowTracker(stub.uri, job)
+        tracker.sweep_started(job, [group], [t for t in many if t not in held_back])
+        tracker.trial_ended(twin)
+        tracker.sweep_ended([*many, twin], False)
+        assert_complete(stub, many)
+
+
+def test_killed_driver_is_taken_up(
+    stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
+) -> None:
+    """What a driver left RUNNING is found, nothing is logged twice, duplicates go."""
+    first, second = trials[0], trials[3]
+    tracker = MlflowTracker(stub.uri, job)
+    tracker.sweep_started(job, [group], [])
+    for trial in (first, second):
+        tracker.trial_started(trial)
+        for epoch in trial.epochs[:8]:
+            tracker.epoch_ended(trial, epoch)
+    tracker.outbox.drain()  # and then it was killed
+    assert sorted(len(steps(run)) for run in stub.kind("trial")) == [8, 8]
+    double = dict(stub.kind("trial")[0]) | {"id": "d" * 32, "metrics": []}
+    stub.runs[double["id"]] = double
+    # The first trial had ended in the study; the second goes on, and replays what it had.
+    tracker = MlflowTracker(stub.uri, job)
+    tracker.sweep_started(job, [group], [first])
+    second.epochs = [epoch_of(e, 0.3, replayed=e < 8) for e in range(EPOCHS)]
+    run_trial(tracker, second)
+    tracker.sweep_ended([first, second], False)
+    assert_complete(stub, [first, second])
+    assert stub.counts["metrics/get-history"] == 2, "once per run taken up"
+
+
+def test_killed_just_before_a_run_was_closed(
+    stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
+) -> None:
+    """The result is there, the status is not: only the latter is sent."""
+    run_sweep(MlflowTracker(stub.uri, job), group, trials)
+    for run in stub.runs.values():
+        run["status"] = "RUNNING"
+    tracker = MlflowTracker(stub.uri, job)
+    tracker.sweep_started(job, [group], trials)
+    tracker.sweep_ended(trials, False)
+    assert_complete(stub, trials)
+
+
+def test_interrupted_trials_stay_open(
+    stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
+) -> None:
+    trial, untouched = trials[3], trials[0]
+    tracker = MlflowTracker(stub.uri, job)
+    tracker.sweep_started(job, [group], [])
+    tracker.trial_started(trial)
+    tracker.epoch_ended(trial, trial.epochs[0])
+    tracker.trial_started(untouched)
+    tracker.sweep_ended([], True)
+    (run,) = stub.kind("trial")
+    assert run["status"] == "RUNNING" and steps(run) == [0]
+    assert stub.kind("sweep")[0]["status"] == "KILLED"
+    assert ended(tracker.outbox)
+    tracker = MlflowTracker(stub.uri, job)
+    run_sweep(tracker, group, [trial, untouched])
+    assert_complete(stub, [trial, untouched])
+
+
+# -- final runs ---------------------------------------------------------------------------------
+
+
+def final_of(group: Group, trial: TrialView, seed: int, stored: bool) -> FinalView:
+    calibration = Calibration({"both": 0.5}, 1.0, False)
+    frozen = Frozen(trial.task, 3, (1e-3,) * 4, calibration, {"HM": 0.3})
+    task = frozen.stage_2_task(seed)
+    return FinalView(group, frozen, task, RunFolder(trial.folder.storage, task), stored)
+
+
+def run_final(tracker: MlflowTracker, final: FinalView) -> None:
+    tracker.final_started(final)
+    for number in range(4):
+        tracker.final_epoch_ended(final, epoch_of(number, replayed=final.stored))
+    tracker.test_scored(final, result_of(final.task.id, "test"))
+
+
+def test_final_runs(stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]) -> None:
+    """Stage 2 and TEST are closed when ``test_scored`` returns; again, nothing is added."""
+    for stored in (False, True):
+        before = Counter(stub.counts)
+        tracker = MlflowTracker(stub.uri, job)
+        for seed in (42, 43):
+            run_final(tracker, final_of(group, trials[3], seed, stored))
+        assert len(stub.kind("stage2")) == len(stub.kind("test")) == 2
+        assert len(stub.runs) == 5 and all(r["status"] == "FINISHED" for r in stub.runs.values())
+    assert not (Counter(stub.counts) - before).keys() & {"runs/create", "runs/log-batch"}
+    (parent,) = stub.kind("sweep")
+    for run in stub.kind("stage2"):
+        assert run["tags"]["mlflow.parentRunId"] == parent["id"]
+        assert steps(run) == [0, 1, 2, 3] and run["params"]["stage"] == "2"
+        assert files_of(stub, run) == {"run.yaml", "learning_curves.png"}
+    for run in stub.kind("test"):
+        assert run["tags"]["avzero.test_opened"] == "true" and run["params"]["stage"] == "2"
+        assert {m["key"]: m["value"] for m in run["metrics"]}["HM"] == 20.0
+        assert len(run["inputs"]) == 1
+        assert files_of(stub, run) == {
+            *("run.yaml", "seen_unseen_curve.png", "seen_unseen_curve.csv"),
+            *("per_class.csv", "retrieval.csv"),
+        }
+
+
+def test_stage_1_of_a_pipeline_is_closed_by_stage_2(
+    stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
+) -> None:
+    tracker = MlflowTracker(stub.uri, job)
+    second = final_of(group, trials[3], 43, False)
+    task = trials[3].task.model_copy(update={"seed": 43})
+    first = FinalView(group, second.frozen, task, second.folder, False)
+    tracker.final_started(first)
+    tracker.final_epoch_ended(first, epoch_of(0))
+    run_final(tracker, second)
+    (run,) = stub.kind("stage1")
+    assert run["status"] == "FINISHED" and steps(run) == [0]
+
+
+# -- faults -------------------------------------------------------------------------------------
+
+
+def test_hooks_do_not_wait(
+    stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
+) -> None:
+    """A server that takes a request and never answers holds up its own thread only."""
+    tracker = MlflowTracker(stub.uri, job)
+    answer = threading.Event()
+
+    def hang(endpoint: str, request: tuple[str, bytes]) -> Fault:
+        answer.wait()
+        return None
+
+    stub.fault = hang
+    tracker.sweep_started(job, [group], [])
+    for trial in trials:
+        run_trial(tracker, trial)
+    assert not stub.runs
+    answer.set()
+    tracker.sweep_ended(trials, False)
+    assert_complete(stub, trials)
+
+
+@pytest.mark.parametrize("kind", ["refuse", "lose", "503"])
+def test_every_request_fails_at_first(
+    stub: MlflowStub,
+    job: Job,
+    group: Group,
+    trials: list[TrialView],
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every request fails once, done or not; repeated ones change nothing: in the end all is
+    there, once."""
+    tracker = MlflowTracker(stub.uri, job)
+    seen: Counter[tuple[str, bytes]] = Counter()
+    failed = set()
+
+    def fault(endpoint: str, request: tuple[str, bytes]) -> Fault:
+        seen[request] += 1
+        failed.add(endpoint)
+        return kind if seen[request] == 1 else None
+
+    stub.fault = fault
+    run_sweep(tracker, group, trials)
+    assert_complete(stub, trials)
+    assert failed >= {"runs/create", "runs/log-batch", "runs/update", "artifacts", "runs/search"}
+    assert all(len(run["tags"]) > 10 for run in stub.runs.values())
+    best = next(r for r in stub.kind("trial") if r["tags"]["avzero.number"] == "3")
+    assert "learning_curves.png" in files_of(stub, best)
+    assert capsys.readouterr().err.count("has stopped answering") <= 1
+
+
+def test_outage_costs_one_line(
+    stub: MlflowStub,
+    job: Job,
+    group: Group,
+    trials: list[TrialView],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Hooks do not wait while the server is away; when it is back, everything is sent."""
+    tracker = MlflowTracker(stub.uri, job)
+    stub.fault = lambda *_: "refuse"
+    tracker.sweep_started(job, [group], [])
+    for trial in trials:
+        run_trial(tracker, trial)
+    deadline = time.monotonic() + 10
+    while sum(stub.counts.values()) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not stub.runs
+    stub.fault = lambda *_: None
+    tracker.sweep_ended(trials, False)
+    assert_complete(stub, trials)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2, lines
+    assert f"MLflow at {stub.uri} has stopped answering (" in lines[0]
+    assert "the sweep goes on" in lines[0] and "answers again; nothing is missing" in lines[1]
+
+
+def test_server_that_stays_away(
+    stub: MlflowStub,
+    job: Job,
+    group: Group,
+    trials: list[TrialView],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The command ends in bounded time and says what is missing; the next one fills it in."""
+    monkeypatch.setattr(Outbox, "patience", 0.3)
+    tracker = MlflowTracker(stub.uri, job)
+    run = {"left": 3}
+
+    def fault(endpoint: str, request: tuple[str, bytes]) -> Fault:
+        run["left"] -= 1
+        return "refuse" if run["left"] < 0 else None
+
+    stub.fault = fault
+    start = time.monotonic()
+    run_sweep(tracker, group, trials)
+    assert time.monotonic() - start < 10
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "could not be sent; results are in the store" in lines[1], lines
+    stub.fault = lambda *_: None
+    assert tracker.outbox.drain(), "what is left is still tried"
+    stub.runs.clear()
+    tracker = MlflowTracker(stub.uri, job)
+    tracker.sweep_started(job, [group], trials)
+    tracker.sweep_ended(trials, False)
+    assert_complete(stub, trials)
+
+
+def test_refused_run_does_not_stop_the_others(
+    stub: MlflowStub,
+    job: Job,
+    group: Group,
+    trials: list[TrialView],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tracker = MlflowTracker(stub.uri, job)
+    batches = {"left": 3}
+
+    def fault(endpoint: str, request: tuple[str, bytes]) -> Fault:
+        if endpoint != "runs/log-batch":
+            return None
+        batches["left"] -= 1
+        return "400" if batches["left"] >= 0 else None
+
+    stub.fault = fault
+    run_sweep(tracker, group, trials)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "run 'avca trial 0' is not logged (" in err and "400" in err
+    stub.fault = lambda *_: None
+    tracker = MlflowTracker(stub.uri, job)
+    tracker.sweep_started(job, [group], trials)
+    tracker.sweep_ended(trials, False)
+    assert_complete(stub, trials)
