@@ -28,12 +28,66 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b for rows [..., in], weight [out, in] and bias [out]."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    # A product with a single column is another routine alone than in a stack.
-    single = len(weight) == 1
-    out = (flat * weight).sum(-1, keepdim=True) if single else flat @ weight.t()
-    if bias is not None:
-        out += bias
+    out: Tensor
+    if len(weight) == 1:
+        # A product with a single column is another routine alone than in a stack.
+        out = (flat * weight).sum(-1, keepdim=True)
+        out = out if bias is None else out + bias
+    else:
+        out = _Affine.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     return out if x.dim() == 2 else out.view(*x.shape[:-1], len(weight))
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Return 1 / (1 + exp(-x)).
+
+    Not the framework's: it computes the last few elements of a tensor by another formula.
+    """
+    return 0.5 * (1 + torch.tanh(0.5 * x))
+
+
+class _Affine(torch.autograd.Function):
+    """x W^T + b of rows [..., B, in]; the weight's gradient comes out in the weight's layout.
+
+    The framework's comes out transposed in a stack, and its optimiser reads memory as it lies.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = x @ weight.mT
+        return out if bias is None else out.add_(bias.unsqueeze(-2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        ctx.save_for_backward(*inputs[:2])
+        ctx.bias = inputs[2] is not None
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            g @ weight if need_x else None,
+            g.mT @ x if need_weight else None,
+            g.sum(-2) if ctx.bias and need_bias else None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _Affine.apply(*_stacked(info, in_dims, inputs)), 0  # type: ignore[no-untyped-call]
+
+
+def _stacked(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
+    """Return the tensors among a function's inputs with the slots in front."""
+    out = []
+    for x, at in zip(inputs, in_dims, strict=True):
+        if not isinstance(x, Tensor):
+            out.append(x)
+        else:
+            out.append(x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0))
+    return out
 
 
 class _Standardise(torch.autograd.Function):
@@ -84,11 +138,8 @@ class _Standardise(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        tensors = [
-            x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
-            for x, at in zip(inputs[:3], in_dims, strict=False)
-        ]
-        return _Standardise.apply(*tensors, *inputs[3:]), (0,) * 5  # type: ignore[no-untyped-call]
+        out = _Standardise.apply(*_stacked(info, in_dims, inputs))  # type: ignore[no-untyped-call]
+        return out, (0,) * 5
 
 
 def _standardise(

@@ -176,8 +176,11 @@ class Model(nn.Module, ABC):
 
         By default Euclidean, between the embedding ``both`` and the classes.
         """
-        distance = torch.cdist(samples["both"], classes)
-        return {"both": distance.square() if squared else distance}
+        z, norm = samples["both"], torch.linalg.vector_norm
+        # |z|^2 + |c|^2 - 2 z.c like torch.cdist, which first makes widened copies of both.
+        square = norm(z, dim=1, keepdim=True).square_() + norm(classes, dim=1).square_()
+        square = square.addmm_(z, classes.T, alpha=-2).clamp_min_(0)
+        return {"both": square if squared else square.sqrt_()}
 
     def passes(self, step: int) -> tuple[str, ...]:
         """Return the optimiser passes of a step (counted within its epoch): one, unnamed.

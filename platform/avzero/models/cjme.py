@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from avzero.models._basic import Linear
+from avzero.models._basic import Linear, sigmoid
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._layers import BatchNorm, Projection
 from avzero.models._losses import hinge, mse
@@ -88,7 +88,7 @@ class CJME(Model):
         """Return the weight of the video branch, in 0 … 1, [n]."""
         x = torch.cat([features["audio"], features["video"]], dim=-1)
         x = self.attention_model["0"](x, context)
-        return torch.sigmoid(self.attention_model["1"](x)).squeeze(-1)
+        return sigmoid(self.attention_model["1"](x)).squeeze(-1)
 
     def gate_target(self, a: Tensor, v: Tensor, table: Tensor) -> Tensor:
         """Return what the gate should say [n]: the branch that is surer of the class, or 0.5.

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avzero.models._basic import Linear
+from avzero.models._basic import Linear, sigmoid
 from avzero.models._contract import (
     Batch,
     Card,
@@ -155,8 +155,8 @@ class FVAEGAN(Generative):
         text = batch.text[:, 0]
         fake = self.netG(self.noise(x, self.latent, context), text)
         if context.part == CRITIC:
-            return self._critic_terms(x, text, torch.sigmoid(fake).detach(), context)
-        return self._generator_terms(x, text, torch.sigmoid(fake), context)
+            return self._critic_terms(x, text, sigmoid(fake).detach(), context)
+        return self._generator_terms(x, text, sigmoid(fake), context)
 
     def _critic_terms(
         self, x: Tensor, text: Tensor, fake: Tensor, context: Context
@@ -187,11 +187,11 @@ class FVAEGAN(Generative):
         """
         mean, log_var = self.Encoder(x, text)
         logits = self.netG(mean + self.eps(x, self.latent, context) * (0.5 * log_var).exp(), text)
-        both = torch.cat([torch.sigmoid(logits), fake])
+        both = torch.cat([sigmoid(logits), fake])
         scores = self.netD(torch.cat([both, text.repeat(2, 1)], dim=1), fixed=True)
         rebuilt, free = scores.view(2, -1).mean(1).unbind()
         # Binary cross-entropy from logits, without the reference's cut-off at e^-100.
-        entropy = (F.softplus(logits, threshold=50) - x * logits).sum(1)
+        entropy = (-F.logsigmoid(-logits) - x * logits).sum(1)
         rows = len(x) * (1 if context.world is None else context.world.size)
         return {
             "gan_rec": -self.gan_weight * rebuilt,
@@ -210,7 +210,7 @@ class FVAEGAN(Generative):
 
     def made(self, noise: Tensor, text: Tensor) -> Tensor:
         """Return synthetic samples with unit row norm, [n, d]."""
-        return F.normalize(torch.sigmoid(self.netG(noise, text)), dim=1)
+        return F.normalize(sigmoid(self.netG(noise, text)), dim=1)
 
     def embed_classes(self, text: Tensor) -> Tensor:
         """Return what the generator makes of zero noise [C, d], and a zero bias: [C, d + 1].

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from avzero.models._basic import Linear
+from avzero.models._basic import Linear, sigmoid
 from avzero.models._contract import Batch, Card, Context, ModelConfig, Shapes, scalar
 from avzero.models._two_branch import WIDTH, Sizes, TwoBranch
 from avzero.spec import NonNegative, Positive, Probability
@@ -98,7 +98,7 @@ class HyperMultiple(TwoBranch):
         if self.framework == "alignment":
             c = self.curvature.expand(*phi.shape[:2], 1)
         else:
-            share = torch.sigmoid(self.fusenet1(phi.flip(-2).flatten(-2)))
+            share = sigmoid(self.fusenet1(phi.flip(-2).flatten(-2)))
             c = self.curvature * share.clamp_min(1e-6)  # at 0 there is no ball
         # [B, G, 2, 300] and [B, G, N] to [G, N, 2, B, ...]: rows are compared within the rest.
         points = phi.movedim(0, 2)[:, None]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from avzero.models._basic import LayerNorm, Linear
+from avzero.models._basic import LayerNorm, Linear, sigmoid
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes, scalar
 from avzero.models._layers import MLP, Transformer
 from avzero.models._losses import mse, triplets
@@ -57,7 +57,7 @@ class STFTConfig(ModelConfig):
 
 def fire(excess: Tensor) -> Tensor:
     """Return spikes: 1 where ``excess`` is not negative; the derivative is sigmoid(4 excess)'s."""
-    soft = torch.sigmoid(4 * excess)
+    soft = sigmoid(4 * excess)
     return (excess >= 0).to(excess.dtype) + (soft - soft.detach())
 
 
@@ -81,9 +81,9 @@ class Spiking(nn.Module):
         """Return a block's current [..., o], gated by its pooling, and the pooling [..., 1]."""
         current = self.norm[block](self.lin[block](x))
         top, mean = current.amax(-1, keepdim=True), current.mean(-1, keepdim=True)
-        share = torch.sigmoid(self.glp_logit[block])
+        share = sigmoid(self.glp_logit[block])
         pooled = 0.5 * (top + mean) + share * top + (1 - share) * mean
-        return ((1 + torch.sigmoid(pooled)) * current if self.glp else current), pooled
+        return ((1 + sigmoid(pooled)) * current if self.glp else current), pooled
 
     def spikes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return block 3's spikes [..., T, d] and the thresholds they fired at [..., T, 1]."""
@@ -103,7 +103,7 @@ class Spiking(nn.Module):
             if self.dynamic_threshold:
                 rate = spike.detach().mean(-1, keepdim=True)
                 bits = (torch.special.entr(rate) + torch.special.entr(1 - rate)) / math.log(2)
-                goal = (0.5 * torch.sigmoid(pooled.detach()) + bits).clamp(0.25, 2)
+                goal = (0.5 * sigmoid(pooled.detach()) + bits).clamp(0.25, 2)
                 theta = 0.5 * theta + 0.5 * goal
         return torch.stack(spikes, dim=-2), torch.stack(thetas, dim=-2)
 
@@ -131,10 +131,10 @@ class Combiner(nn.Module):
 
     def forward(self, phi: Tensor, context: Context | None) -> Tensor:
         """Map encoded [..., 2, d] (audio, video) to the same shape."""
-        u = torch.sigmoid(torch.einsum("...d,kde->...ke", phi, self.slots)).sum(-2) * phi
+        u = sigmoid(torch.einsum("...d,kde->...ke", phi, self.slots)).sum(-2) * phi
         u_a, u_v = u.unbind(-2)
         g_a, g_v = F.relu(self.gate_a(u_a)), F.relu(self.gate_v(u_v))
-        share = torch.sigmoid(self.alpha)
+        share = sigmoid(self.alpha)
         k = share * (g_a * u_a + g_v * u_v) + (1 - share) * self.prior
         tokens = torch.stack([u_a + g_a + k, u_v + g_v + k, k], dim=-2)
         out: Tensor = self.layer(tokens, context)[..., :2, :]

@@ -158,7 +158,9 @@ class Stack:
 
         Slots are independent, so the gradient of the sum over slots is each one's own.
         """
-        gradients = torch.autograd.grad(values.sum(), self._leaves, allow_unused=True)
+        found = torch.autograd.grad(values.sum(), self._leaves, allow_unused=True)
+        # The fused optimiser reads memory as it lies: a transposed gradient would be misread.
+        gradients = [None if g is None else g.contiguous() for g in found]
         for slots, gradient in zip(self._slots, gradients, strict=True):
             several = len(slots) > 1
             parts = (gradient,) if gradient is None or not several else gradient.unbind()
