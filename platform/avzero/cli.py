@@ -284,6 +284,34 @@ AddressOption = Annotated[
 ]
 
 
+@app.command("plan")
+def plan_command(
+    job_file: JobArgument,
+    store: JobStore = None,
+    address: AddressOption = None,
+    counts_only: Annotated[
+        bool, typer.Option("--no-calibration", help="Only what follows from the job file.")
+    ] = False,
+) -> None:
+    """Say what a sweep will run and cost, from a short calibration on this hardware."""
+    from avzero.cluster.connect import ray_cluster
+    from avzero.data.store import FeatureStore
+    from avzero.report.plan import page
+    from avzero.tune.plan import make_plan
+    from avzero.tune.sweep import Sweep, cluster_resources
+
+    job = _open_job(job_file, store, None)
+    console = _console()
+    run = Sweep(job, FeatureStore(job.store))
+    with ray_cluster(address) if address else nullcontext(), _progress(console) as progress:
+        have = cluster_resources() if address else None
+        plan = make_plan(run, not counts_only, have, progress)
+    if plan.calibrated:
+        plan.save(run.store.storage)
+    for part in page(plan, run.store.storage):
+        console.print(part)
+
+
 @app.command()
 def sweep(
     job_file: JobArgument,
@@ -294,18 +322,21 @@ def sweep(
     """Search hyperparameters on VAL; the same command resumes an interrupted sweep."""
     from avzero.cluster.connect import ray_cluster
     from avzero.data.store import FeatureStore
+    from avzero.report.spent import Bookkeeper, comparison
     from avzero.tune.sweep import Sweep
 
     job = _open_job(job_file, store, tracking)
     console = _console()
     run = Sweep(job, FeatureStore(job.store))
-    run.listeners = tuple(_listeners(job, console))
+    run.listeners = (Bookkeeper(run.store.storage), *_listeners(job, console))
     if run.remaining:
         console.print(f"Starting Ray{' at ' + address if address else ' on this machine'} …")
     with ray_cluster(address) if run.remaining else nullcontext():
         finished = run.run()
     if not finished:
         raise typer.Exit(130)
+    for line in comparison(run.store.storage, [job.name]):
+        console.print(line)
     failures = run.failures()
     for key, reason in failures.items():
         sys.stderr.write(f"avzero: {key}: no trial is complete: {reason}\n")
@@ -352,14 +383,18 @@ def report(
 ) -> None:
     """Print the leaderboard of sweeps whose TEST has been scored."""
     from avzero.data.storage import open_storage
+    from avzero.report.spent import comparison
     from avzero.report.table import leaderboard, render, sweep_names
 
     storage = open_storage(store)
-    rows = leaderboard(storage, sweeps or sweep_names(storage))
+    names = sweeps or sweep_names(storage)
+    rows = leaderboard(storage, names)
     if not rows:
         raise UserError(f"{store}: no TEST results yet; run avzero sweep, then avzero test")
     console = _console()
     console.print(render(rows, console.width))
+    for line in comparison(storage, names):
+        console.print(line)
 
 
 @app.command("import-checkpoint")

@@ -51,8 +51,19 @@ def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
 def peak_bytes() -> int:
     """Return the highest resident memory of this program (``ru_maxrss`` would count the parent's
     before exec)."""
+    return _status_bytes("VmHWM")
+
+
+def memory() -> dict[str, int]:
+    """Return bytes: ``peak`` (see ``peak_bytes``), and ``own``, the peak without what now lies in
+    files (libraries, mapped features), which other processes share."""
+    return {"peak": peak_bytes(), "own": peak_bytes() - _status_bytes("RssFile")}
+
+
+def _status_bytes(field: str) -> int:
+    """Return a field of this process's status."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(ln.split()[1]) for ln in status.splitlines() if ln.startswith("VmHWM"))
+    return 1024 * next(int(ln.split()[1]) for ln in status.splitlines() if ln.startswith(field))
 
 
 def machine() -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -255,11 +255,20 @@ class Sweep:
 
 def fits(need: Resources) -> int:
     """Return how many runs of ``need`` the connected cluster holds at once; 0 without one."""
+    return room(cluster_resources(), need)
+
+
+def cluster_resources() -> dict[str, float]:
+    """Return what the connected cluster has; nothing without one."""
     import ray
 
     if not ray.is_initialized():
-        return 0
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return {}
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def room(have: Mapping[str, float], need: Resources) -> int:
+    """Return how many runs of ``need`` resources such as a cluster's hold at once."""
     shares = [
         int(have.get(name, 0) / (per_worker * need.workers))
         for name, per_worker in (("CPU", need.cpus), ("GPU", need.gpus))
