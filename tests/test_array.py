@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +199,35 @@ def test_a_diverging_slot_says_where(benchmark: Benchmark, store: FeatureStore) 
     assert isinstance(failure, TrainingFailed) and "is not finite in epoch 0, step 1" in str(
         failure
     )
+
+
+@pytest.mark.parametrize("preset", list(Preset))
+def test_statistics_are_updated_only_where_they_matter(
+    benchmark: Benchmark, store: FeatureStore, preset: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaving out updates that are forgotten by the end of the epoch changes nothing."""
+    compat = dict(model_class("avca").compat) if preset is Preset.COMPAT else {}
+    train = {"batches_per_epoch": 230, "epochs": 1, "batch_size": 8}
+    calls: list[bool] = []
+    real = Stack.settle
+
+    def counted(self: Stack, *arguments: Any) -> None:
+        calls.append(True)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Stack, "settle", counted)
+    runs = []
+    for steps in (158, 230):
+        if steps == 230:
+            monkeypatch.setattr("avzero.train.array.memory", lambda model: 0)
+        calls.clear()
+        task = make_task(benchmark, "avca", seed=81, config=compat, train=train)
+        trainer = Trainer(task, benchmark, RunFolder(store.storage, task))
+        ((_, outcome),) = run_epoch([trainer])
+        assert isinstance(outcome, Epoch) and len(calls) == steps
+        runs.append((outcome, {k: v.clone() for k, v in trainer.model.state_dict().items()}))
+        shutil.rmtree(Path(store.storage.url) / trainer.folder.prefix)
+    (short, ours), (whole, theirs) = runs
+    assert short.losses == whole.losses and short.val == whole.val
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=2e-6, atol=1e-7)

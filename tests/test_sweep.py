@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,31 @@ def test_journal_cut_off_in_the_middle_of_a_line(finished: tuple[Sweep, Recorder
         out.write(b'{"op_code": 4, "worker_id": "x", "tri')
     with run.journal.exclusive():
         assert [view.number for view in sweep(place).done()] == numbers
+
+
+def test_a_tune_trial_per_configuration_gives_the_same_bits(
+    ray_local: None, store: FeatureStore, tmp_path: Path
+) -> None:
+    """``execution: trial`` is another way to run the sweep, not another sweep."""
+    shutil.copytree(store.storage.url, tmp_path / "store")
+    search = SETTINGS["search"] | {"trials": 4, "seats": 2, "min_epochs": 1}
+    stories = []
+    for execution in ("array", "trial"):
+        resources = {"execution": execution, "slots": 2}
+        # The runs of the one would be those of the other.
+        shutil.rmtree(tmp_path / "store" / "runs", ignore_errors=True)
+        run = sweep(tmp_path, name=f"by-{execution}", search=search, resources=resources)
+        assert run.run()
+        (study,) = run.studies.values()
+        stories.append(
+            [
+                (t.number, t.state, t.params, t.values, t.intermediate_values, t.user_attrs)
+                for t in study._trials()
+            ]
+            + [
+                [(e.epoch, e.losses, e.val, e.lr) for e in view.epochs]
+                + ([] if view.result is None else [view.result.scores, view.result.curve])  # type: ignore[list-item]
+                for view in run.done()
+            ]
+        )
+    assert stories[0] == stories[1]

@@ -47,11 +47,14 @@ class Context(NamedTuple):
 
     ``keys``: int32 [sites, 2], this step's random keys of every random site. ``world``: the
     workers the batch is split over, None for one. ``part``: which of ``Model.passes`` this is.
+    ``tracked``: whether running statistics still remember this step when they are next used;
+    where not, nothing need be computed for them.
     """
 
     keys: Tensor
     world: World | None = None
     part: str = ""
+    tracked: bool = True
 
     def salted(self, salt: int) -> Context:
         """Return a context whose dropout masks are unrelated: for another pass of one step."""
@@ -177,7 +180,10 @@ class Model(nn.Module, ABC):
         By default Euclidean, between the embedding ``both`` and the classes.
         """
         z, norm = samples["both"], torch.linalg.vector_norm
-        # |z|^2 + |c|^2 - 2 z.c like torch.cdist, which first makes widened copies of both.
+        if len(classes) > z.shape[1]:
+            distance = torch.cdist(z, classes)
+            return {"both": distance.square() if squared else distance}
+        # |z|^2 + |c|^2 - 2 z.c, as there; but its widened copies of z cost more than few classes.
         square = norm(z, dim=1, keepdim=True).square_() + norm(classes, dim=1).square_()
         square = square.addmm_(z, classes.T, alpha=-2).clamp_min_(0)
         return {"both": square if squared else square.sqrt_()}

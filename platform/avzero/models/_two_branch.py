@@ -85,7 +85,7 @@ class TwoBranch(Model):
         # Decoder groups in the released order; the decoded negative text is dead code there.
         rho = self.D(theta if self.legacy_updates else pick(theta, (0, 2, 3, 4, 5)), context)
         rec_a, rec_v = self.A_rec(a, context), self.V_rec(v, context)
-        if self.legacy_updates:
+        if self.legacy_updates and context.tracked:
             with torch.no_grad():
                 self.V_proj(rec_v.detach(), context.salted(1))
                 self.A_proj(rec_a.detach(), context.salted(1))

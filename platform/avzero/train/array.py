@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from avzero.models._basic import memory
 from avzero.models._contract import Batch, Context, Model, World, trainable
 from avzero.models._random import Dropout
 from avzero.protocol.counter import fold, site_keys
@@ -107,7 +108,7 @@ class Stack:
             site[0].off = all(one.off for one in site)
 
     def losses(
-        self, batch: Batch, keys: Tensor, part: str = "", salt: int = 0
+        self, batch: Batch, keys: Tensor, part: str = "", salt: int = 0, tracked: bool = True
     ) -> tuple[list[str], Tensor]:
         """Return names and values [K, terms] of the loss terms of one pass.
 
@@ -116,11 +117,12 @@ class Stack:
             keys: int32 [K, sites, 2].
             part: the pass.
             salt: sets the random numbers of a pass apart from those of the step's others.
+            tracked: see ``Context``.
         """
         names: list[str] = []
 
         def one(table: dict[str, Tensor], mine: Batch, key: Tensor) -> Tensor:
-            context = Context(key, self._world).salted(salt)._replace(part=part)
+            context = Context(key, self._world, part, tracked).salted(salt)
             terms = self._reach("loss", table, mine, context)
             names[:] = terms
             return torch.stack(list(terms.values()))
@@ -182,17 +184,19 @@ def _train(trainers: Sequence[Trainer]) -> list[dict[str, float] | TrainingFaile
     for trainer in trainers:
         trainer.begin_epoch()
     log: Log = []
+    remembered = memory(first.model) or steps  # alike in a stack: part of its structure
     with use(train.matmul, first.device.type):
         for step in range(steps):
             batch: Batch | None = None
+            tracked = step >= steps - remembered
             for number, part in enumerate(first.model.passes(step)):
                 batch = batch or feed.batch(step)
-                names, values = stack.losses(batch, keys[step], part, 3 * number)
+                names, values = stack.losses(batch, keys[step], part, 3 * number, tracked)
                 stack.backward(values)
                 for trainer in trainers:
                     trainer.optimizer.step()
                 log.append((step, names, values.detach()))
-            if batch is not None:
+            if batch is not None and tracked:
                 stack.settle(batch, keys[step])
     return _mean_losses(log, trainers, world)
 

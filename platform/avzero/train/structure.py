@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from avzero.canon import identity
+from avzero.models._basic import memory
 from avzero.models._contract import Model, Shapes
 from avzero.models._random import Dropout, Site
 from avzero.spec import Task
@@ -26,7 +27,7 @@ def structure(model: Model, task: Task, shapes: Shapes, classes: int, steps: int
     """Return the identity of a run's structure.
 
     Args:
-        model: the built system (``meta`` tensors will do).
+        model: the built system. On ``meta`` tensors momenta are unknown and left out.
         task: the run.
         shapes: what the system was built for.
         classes: number of training classes; counts where the loss reads their table.
@@ -39,6 +40,7 @@ def structure(model: Model, task: Task, shapes: Shapes, classes: int, steps: int
             [train.batch_size, train.batches_per_epoch, train.precision, train.matmul],
             [sorted(shapes.features.items()), shapes.text, steps],
             classes if model.reads_table else 0,
+            None if next(model.parameters()).is_meta else memory(model),
             [[path, _module(module, model)] for path, module in model.named_modules()],
         ]
     )

@@ -36,8 +36,10 @@ class Ahead:
         self, store: FeatureStore, tasks: Sequence[Task], need: Resources, slots: int
     ) -> None:
         self._store, self._need, self._slots = store, need, slots
-        self._waiting = deque(task for task in tasks if _epochs(store, task) is not None)
-        self._before = {task.id: _epochs(store, task) or 0 for task in self._waiting}
+        done = {task.id: _epochs(store, task) for task in tasks}
+        self._before = {name: count for name, count in done.items() if count is not None}
+        self._waiting = deque(task for task in tasks if task.id in self._before)
+        self._train: Any = None
         self._running: dict[str, Any] = {}
         if slots < 2 or len(self._waiting) < 2:
             self._before.clear()
@@ -58,14 +60,15 @@ class Ahead:
         """Fill free slots, wait a moment; return whether a run has ended."""
         import ray
 
-        train_there = ray.remote(
-            num_cpus=self._need.cpus,
-            num_gpus=self._need.gpus,
-            max_retries=self._need.max_failures,
-        )(train)
+        if self._train is None:
+            self._train = ray.remote(
+                num_cpus=self._need.cpus,
+                num_gpus=self._need.gpus,
+                max_retries=self._need.max_failures,
+            )(train)
         while self._waiting and len(self._running) < self._slots:
             run = self._waiting.popleft()
-            self._running[run.id] = train_there.remote(
+            self._running[run.id] = self._train.remote(
                 self._store.storage.url, run.model_dump_json(), self._need.model_dump_json()
             )
         handles = list(self._running.values())

@@ -6,6 +6,7 @@ Everything that could be chosen is fixed before stage 2 begins and written to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,9 +38,10 @@ class FinalPlan:
             for number in range(self.sweep.job.test.seeds):
                 yield group, self.frozen[group.key], self.sweep.job.seed + number
 
-    @property
+    @functools.cached_property
     def pending(self) -> int:
-        """Number of runs without a stored TEST result (with ``pipeline``: that may have none)."""
+        """Number of runs without a stored TEST result when the plan was made (with
+        ``pipeline``: that may have none)."""
         return sum(not self._stored(frozen, seed) for _, frozen, seed in self.runs())
 
     def _stored(self, frozen: Frozen, seed: int) -> bool:
@@ -103,7 +105,7 @@ def run_final(
     seeds = [] if job.test.reseed == "pipeline" else runs
     tasks = [frozen.stage_2_task(seed) for _, frozen, seed in seeds]
     ahead = Ahead(plan.sweep.store, tasks, need, slots)
-    for group, frozen, seed in plan.runs():
+    for group, frozen, seed in runs:
         if job.test.reseed == "pipeline" and seed != frozen.task.seed:
             task = _reseeded(frozen, seed)
             view = _train(plan.sweep, group, frozen, task, listeners, on_cluster)
