@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from avzero.data.benchmark import Benchmark
 from avzero.data.store import FeatureStore
+from avzero.models._contract import Model
 from avzero.models._registry import build
 from avzero.models.avgzslnet import AVGZSLNet
 from avzero.protocol import scoring
@@ -431,3 +432,21 @@ def test_one_scale_for_both_stages(benchmark: Benchmark, store: FeatureStore) ->
         assert got == pytest.approx(by_hand, rel=1e-4)
         if roles is STAGE_1:
             assert frozen.calibration.scale == pytest.approx(got)
+
+
+@pytest.mark.parametrize("classes", [5, 200])
+@pytest.mark.parametrize("squared", [False, True])
+def test_usual_distances_are_euclidean(classes: int, squared: bool) -> None:
+    """By either formula: few classes, and more than the embedding is wide."""
+    generator = torch.Generator().manual_seed(0)
+    z, table = (torch.randn(n, 64, generator=generator) for n in (90, classes))
+    table[0] = z[7]
+    before = z.clone(), table.clone()
+    found = Model.distances(cast(Model, None), {"both": z}, table, squared)["both"]
+    assert torch.equal(z, before[0]) and torch.equal(table, before[1])
+    want = (z.double()[:, None] - table.double()).square().sum(2)
+    near = torch.zeros_like(want, dtype=torch.bool)
+    near[7, 0] = True  # a difference of equal numbers: rounding is all that is left
+    assert 0 <= found[7, 0] < (1e-3 if squared else 2e-2)
+    want = want if squared else want.sqrt()
+    torch.testing.assert_close(found[~near].double(), want[~near], rtol=1e-5, atol=1e-4)

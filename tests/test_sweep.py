@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.report.console import ConsoleProgress
 from avzero.report.table import leaderboard, render, sweep_names

@@ -322,7 +322,8 @@ def sweep(
     """Search hyperparameters on VAL; the same command resumes an interrupted sweep."""
     from avzero.cluster.connect import ray_cluster
     from avzero.data.store import FeatureStore
-    from avzero.report.spent import Bookkeeper, comparison
+    from avzero.report.bookkeeper import Bookkeeper
+    from avzero.report.spent import comparison
     from avzero.tune.sweep import Sweep
 
     job = _open_job(job_file, store, tracking)
@@ -354,6 +355,7 @@ def test_command(
     """Freeze a sweep's winner, train stage 2, and look at TEST once."""
     from avzero.cluster.connect import ray_cluster
     from avzero.data.store import FeatureStore
+    from avzero.report.spent import comparison
     from avzero.report.table import leaderboard, render
     from avzero.tune.final import freeze, run_final
     from avzero.tune.sweep import Sweep
@@ -374,6 +376,8 @@ def test_command(
             console.print("Interrupted. Run the same command again to go on.")
             raise typer.Exit(130) from None
     console.print(render(leaderboard(run.store.storage, [job.name]), console.width))
+    for line in comparison(run.store.storage, [job.name]):
+        console.print(line)
 
 
 @app.command()

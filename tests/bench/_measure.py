@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +66,59 @@ def _status_bytes(field: str) -> int:
     """Return a field of this process's status."""
     status = Path("/proc/self/status").read_text()
     return 1024 * next(int(ln.split()[1]) for ln in status.splitlines() if ln.startswith(field))
+
+
+class Family:
+    """CPU seconds of this process and all it starts, also of those that end while a block runs.
+
+        with Family() as family: ...
+        family.seconds
+
+    A look every 0.2 s: what a process does after the last look at it is lost.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._ticks: dict[tuple[int, str], int] = {}
+        self._over = threading.Event()
+
+    def __enter__(self) -> Family:
+        self._look()
+        self._before = sum(self._ticks.values())
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._look()
+        spent = sum(self._ticks.values()) - self._before
+        self.seconds = spent / os.sysconf("SC_CLK_TCK")
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.2):
+            self._look()
+
+    def _look(self) -> None:
+        """Note what every process of the family has used."""
+        children: dict[int, list[int]] = {}
+        found: dict[int, tuple[str, int]] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
+            process = int(path.parent.name)
+            children.setdefault(int(fields[1]), []).append(process)
+            found[process] = fields[19], int(fields[11]) + int(fields[12])
+        waiting = [os.getpid()]
+        while waiting:
+            process = waiting.pop()
+            if process in found:
+                start, ticks = found[process]
+                self._ticks[process, start] = ticks
+            waiting += children.get(process, [])
 
 
 def machine() -> str:

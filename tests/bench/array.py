@@ -150,21 +150,21 @@ def show_operations(benchmark: Benchmark, store: FeatureStore) -> None:
     )
 
 
-def train_once(url: str, width: int) -> None:
+def train_once(url: str, name: str, width: int) -> None:
     """Train, evaluate and checkpoint one epoch of an array; print this process's peak memory."""
     torch.set_num_threads(1)
     store = FeatureStore(url)
-    trainers = ucf_trainers(store.open("UCF"), store, 256, 10, width)
+    trainers = ucf_trainers(store.open(name), store, 256, 10, width)
     list(array.run_epoch(trainers))
     print(json.dumps(memory()))
 
 
-def show_memory(url: str, count: int) -> None:
+def show_memory(url: str, name: str, count: int) -> None:
     """Print peak memory of one process with 16 runs against 16 processes with one."""
     taken: dict[int, list[dict[str, Any]]] = {1: [], 16: []}
     for _ in range(count):
         for width, found in taken.items():
-            found.append(in_fresh_process("tests.bench.array", "memory", url, str(width)))
+            found.append(in_fresh_process("tests.bench.array", "memory", url, name, str(width)))
     for part in ("peak", "own"):
         above = [one[part] for one in taken[16]]
         below = [16 * one[part] for one in taken[1]]
@@ -212,9 +212,9 @@ def same_bits(make: Callable[[], list[Trainer]]) -> bool:
 
 
 def main() -> None:
-    """Run everything, or (``memory URL K``) one process of the memory figures."""
+    """Run everything, or (``memory URL NAME K``) one process of the memory figures."""
     if sys.argv[1:2] == ["memory"]:
-        train_once(sys.argv[2], int(sys.argv[3]))
+        train_once(*sys.argv[2:4], width=int(sys.argv[4]))
         return
     torch.set_num_threads(1)
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 9
@@ -223,7 +223,7 @@ def main() -> None:
         print(f"matrix products: {path.as_dict()}")
         store, benchmark = ucf_size(scratch)
         show_operations(benchmark, store)
-        show_memory(f"{scratch}/store", 3)
+        show_memory(f"{scratch}/store", benchmark.info.name, 3)
         show_systems(scratch)
         for batch in (16, 64, 256):
             compare_cpu(benchmark, store, batch, count)

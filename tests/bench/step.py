@@ -7,8 +7,8 @@ A step is loss, backward and Adam (preset paper, main features 512/512) on batch
 Every matrix product of one step, forward and backward, is recorded with its shapes and strides and
 replayed in order on tensors allocated once, each call having its own, so that caches are as cold
 as in the step. All in one process, one thread, in turn. Goals (issue 4): step at most 2.0 times
-the replay at batch 256, at most 2.4 times at 64. The last line compares with the same step under ``matmul: bf16``, which
-is faster only where the processor has it.
+the replay at batch 256, at most 2.4 times at 64. The last line compares with the same step under
+``matmul: bf16``, which is faster only where the processor has it.
 """
 
 from __future__ import annotations

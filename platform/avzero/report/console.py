@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from avzero.protocol.calibration import BOTH
+from avzero.report.units import duration
 from avzero.spec import Job
 from avzero.train.records import Epoch, Result
 from avzero.tune.listener import FinalView, Listener, TrialView
@@ -24,16 +25,6 @@ from avzero.tune.space import Group
 _ROWS = 12
 _SCORES = ("HM", "S", "U", "ZSL")
 _STYLE = {"running": "cyan", "complete": "green", "pruned": "yellow", "failed": "red"}
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time as ``12 s``, ``3 min 04 s`` or ``2 h 05 min``."""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class ConsoleProgress(Listener):

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from avzero.data.storage import Storage
-from avzero.report.console import duration
+from avzero.report.units import duration, size
 from avzero.spec import Resources
 from avzero.track.payload import EPOCH_KEYS, METRIC_KEYS, settings
 from avzero.tune.plan import GroupPlan, Plan
@@ -21,13 +21,6 @@ _CROWDED = 1.5
 """Wall time over CPU time from which others' work on the machine is worth a remark."""
 _BARE_KEYS = 3
 """Metric keys of an epoch without a look at VAL."""
-
-
-def size(count: float) -> str:
-    """Return bytes as ``4.4 MB``."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, max(0, int(math.log10(max(count, 1)) // 3)))
-    return f"{count / 1000**power:.3g} {units[power]}" if count < 1e15 else f"{count:.3g} B"
 
 
 def page(plan: Plan, storage: Storage) -> Iterator[RenderableType]:
@@ -98,10 +91,11 @@ def _keys(plan: Plan) -> Iterator[str]:
     """Yield, per system, which hyperparameters shape a stack and which a slot carries."""
     said = set()
     for g in plan.groups:
-        line = f"{g.group.model}: "
-        if g.structural:
-            line += f"structural: {', '.join(g.structural)} (up to {g.structures} structures); "
-        line += f"a slot carries: {', '.join(g.carried) or 'nothing'}"
+        shaping = f"{', '.join(g.structural)} (up to {g.structures} structures)"
+        line = (
+            f"{g.group.model}: structural: {shaping if g.structural else 'none'}; "
+            f"a slot carries: {', '.join(g.carried) or 'nothing'}"
+        )
         if line not in said:
             said.add(line)
             yield line

@@ -67,7 +67,7 @@ class Cost:
     """Of the process, without the files it maps: those are shared by a node's processes."""
     mapped: int
     device_memory: int
-    """Highest on the GPU; 0 without one."""
+    """Highest on the GPU, the driver's own apart; 0 without one."""
     device_share: int
     """What the job's ``resources.gpus`` lets an array have of it."""
     weights: int
@@ -149,7 +149,7 @@ class _Calibration:
         everyone = list(self._trainers)
         stacks = len({trainer.structure for trainer in everyone})
         self._round(self._trainers)  # libraries set themselves up, caches fill
-        rounds = []
+        rounds: list[tuple[float, float]] = []
         wall, cpu = time.perf_counter(), time.process_time()
         while len(rounds) < _ROUNDS and time.perf_counter() - wall < _SECONDS:
             rounds.append(self._round(self._trainers))

@@ -5,20 +5,19 @@ The counts follow from the job. Times, memory and file sizes come from a calibra
 trained for a few steps on the real benchmark. ``avzero plan`` keeps the estimate beside the sweep,
 so that the report can set what was spent against it (``report.plan``).
 
-How many epochs early stopping saves is an expectation. Trials are taken to come in no particular
-order and to keep their ranks while they train; the n-th at a rung is then among the best
-1 / reduction of n with probability max(1, n // reduction) / n, and the median rule stops every
-second trial after the first four. A sampler that improves sends more trials up than that, a
-ranking that changes lets some pass that would have been stopped; no trial trains beyond its budget,
-which is the upper bound.
+How many epochs early stopping saves is an expectation: the rule is played through with trials that
+come in no particular order and keep their ranks while they train. A sampler that improves sends
+more trials up than that, and rankings that change let some pass that would have been stopped; no
+trial trains beyond its budget, which is the upper bound.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-import json
 import math
 import os
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +42,8 @@ _SAMPLE = 32
 _PROBED = 3
 """Configurations around which every value of a hyperparameter is tried."""
 _MOST_INTEGERS = 16
-FREE = 4
+_DRAWS = 32
+_FREE = 4
 """Trials the median rule lets pass before it has enough to compare with (``tune.rungs``)."""
 
 
@@ -116,13 +116,6 @@ class GroupPlan:
         stopped = beside + self.cost.weights + self.cost.optimizer
         return self.complete * self.cost.kept + (self.trials - self.complete) * stopped
 
-    @property
-    def running(self) -> float:
-        """Storage of its unfinished runs at once: best and last weights, optimiser."""
-        if self.cost is None:
-            return math.nan
-        return min(self.seats, self.trials) * (2 * self.cost.weights + self.cost.optimizer)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -187,12 +180,12 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes of storage at most: every run stopped at a late epoch, others running."""
-        return sum(
-            g.kept + g.running + (g.trials - g.complete) * g.cost.weights
-            for g in self.groups
-            if g.cost
-        )
+        """Bytes of storage at most: every trial with its best and its last weights and its
+        optimiser, and a checkpoint being written by every array."""
+        costs = [(g.trials, g.cost) for g in self.groups if g.cost]
+        most = sum(trials * (c.kept + c.weights + c.optimizer) for trials, c in costs)
+        writing = max((c.weights + c.optimizer for _, c in costs), default=0)
+        return most + self.arrays * writing + self.kept - sum(g.kept for g in self.groups)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate as JSON values, totals first."""
@@ -218,12 +211,8 @@ class Plan:
 
     def save(self, storage: Storage) -> None:
         """Keep the estimate beside the sweep."""
-        storage.write(plan_key(self.job.name), canonical(self.as_dict()).encode())
-
-
-def plan_key(sweep: str) -> str:
-    """Return where a sweep's estimate is kept."""
-    return f"sweeps/{sweep}/plan.json"
+        key = f"sweeps/{self.job.name}/plan.json"
+        storage.write(key, canonical(self.as_dict()).encode())
 
 
 def make_plan(
@@ -250,7 +239,7 @@ def make_plan(
     arrays = min(fits, job.resources.concurrent or fits)
     plans = []
     for number, group in enumerate(sweep.groups):
-        progress("calibrating", number, len(sweep.groups))
+        progress("planning", number - 1, len(sweep.groups))  # so many groups are done
         seats = _seats(sweep, group, arrays)
         tries = proposals(group, min(_SAMPLE, group.trials))
         cost = None
@@ -304,10 +293,9 @@ def group_plan(
         cost: of its runs, if measured.
     """
     trains = [group.task(values).train for values in tries]
-    courses = [
-        course(group.job.search, group.trials, train.epochs, train.evaluate_every)
-        for train in trains
-    ]
+    budgets = [(train.epochs, train.evaluate_every) for train in trains]
+    played = {b: course(group.job.search, group.trials, *b) for b in sorted(set(budgets))}
+    courses = [played[budget] for budget in budgets]
     structures = structural(group, tries[:_PROBED])
     return GroupPlan(
         group=group,
@@ -367,27 +355,36 @@ def course(search: Search, trials: int, epochs: int, every: int = 1) -> list[flo
 
     Args:
         search: the rule of early stopping.
-        trials: how many begin.
+        trials: how many begin, one after the other.
         epochs: their budget.
         every: epochs from one look at VAL to the next.
     """
-    alive, before, out = float(trials), 0, []
-    for epoch in range(1, epochs + 1):
-        out.append(alive)
-        if epoch % every == 0:
-            if decides(before, epoch, search, epochs):
-                alive = _kept(search, alive)
-            before = epoch
-    return out
+    draw, training = random.Random(0), [0] * epochs  # noqa: S311 - the same at every call
+    for _ in range(_DRAWS):
+        alive, before = [draw.random() for _ in range(trials)], 0
+        for epoch in range(1, epochs + 1):
+            training[epoch - 1] += len(alive)
+            if epoch % every == 0:
+                if decides(before, epoch, search, epochs):
+                    alive = survivors(search, alive)
+                before = epoch
+    return [count / _DRAWS for count in training]
 
 
-def _kept(search: Search, arriving: float) -> float:
-    """Return how many of the trials that come to a decision are expected to go on."""
-    if search.pruner == "median":
-        return min(arriving, FREE) + max(0.0, arriving - FREE) / 2
-    whole = int(arriving)
-    chances = [max(1, n // search.reduction) / n for n in range(1, whole + 2)]
-    return math.fsum(chances[:whole]) + (arriving - whole) * chances[whole]
+def survivors(search: Search, arriving: Sequence[float]) -> list[float]:
+    """Return which values go on from a decision they come to in this order (``tune.rungs``)."""
+    seen: list[float] = []
+    found = []
+    for value in arriving:
+        if search.pruner == "median":
+            passes = len(seen) < _FREE or value >= statistics.median(seen)
+        else:
+            better = len(seen) - bisect.bisect_left(seen, value)
+            passes = better < max(1, (len(seen) + 1) // search.reduction)
+        if passes:
+            found.append(value)
+        bisect.insort(seen, value)
+    return found
 
 
 def this_machine() -> dict[str, float]:
@@ -400,11 +397,3 @@ def this_machine() -> dict[str, float]:
         "GPU": float(torch.cuda.device_count()),
         "memory": float(memory),
     }
-
-
-def load_plan(storage: Storage, sweep: str) -> dict[str, Any] | None:
-    """Return a sweep's estimate as ``as_dict`` wrote it; None where none was kept."""
-    try:
-        return dict(json.loads(storage.read(plan_key(sweep))))
-    except KeyError:
-        return None
