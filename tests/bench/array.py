@@ -214,7 +214,8 @@ def same_bits(make: Callable[[], list[Trainer]]) -> bool:
 def main() -> None:
     """Run everything, or (``memory URL NAME K``) one process of the memory figures."""
     if sys.argv[1:2] == ["memory"]:
-        train_once(*sys.argv[2:4], width=int(sys.argv[4]))
+        url, name, width = sys.argv[2:5]
+        train_once(url, name, int(width))
         return
     torch.set_num_threads(1)
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 9
