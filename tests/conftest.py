@@ -62,6 +62,13 @@ SMALL: dict[str, dict[str, object]] = {
 """Hyperparameters that make a system train in milliseconds; systems not named are fast enough."""
 
 
+@pytest.fixture(autouse=True)
+def _threads_are_left_alone() -> Iterator[None]:
+    """The number of threads decides last bits: a test that changed it would fail another one."""
+    yield
+    assert torch.get_num_threads() == 1, "this test left the process with another thread count"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and specifications; tests that need it skip where it is absent."""

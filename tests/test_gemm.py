@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path as FilePath
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ ONEDNN = Path("onednn", "medium", 4e-7, 250.0)
 
 
 @pytest.fixture
-def fresh_probe() -> Iterator[None]:
-    """Forget what this process measured, before and after."""
+def fresh_probe(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget what this process and this node measured, before and after."""
+    monkeypatch.setenv("AVZERO_CACHE", str(tmp_path))
     path_of.cache_clear()
     yield
     path_of.cache_clear()
@@ -81,6 +83,23 @@ def test_full_precision_is_full_here(fresh_probe: None) -> None:
         assert used is path
         for left, right in operands():
             assert relative_error(left, right) < gemm.MOST_ERROR, (left.shape, right.shape)
+
+
+def test_a_node_keeps_its_choice(
+    fresh_probe: None, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later process measures other numbers, or two measure at once: one choice for all."""
+    answers = [MKL, replace(ONEDNN, gflops=900.0)], [replace(MKL, gflops=900.0), ONEDNN]
+    for measured in answers:
+        monkeypatch.setattr(gemm, "_measure", lambda paths, device, found=measured: found)
+        assert path_of("full", "cpu").name == "onednn"
+        path_of.cache_clear()
+    (file,) = (tmp_path / "gemm").iterdir()
+    file.write_text("{")
+    assert path_of("full", "cpu").name == "default", "a torn file is measured again"
+    monkeypatch.setenv("AVZERO_CACHE", "/proc/nowhere")
+    path_of.cache_clear()
+    assert path_of("full", "cpu").name == "default", "no cache, no choice kept"
 
 
 def test_the_probe_takes_the_measured_winner(

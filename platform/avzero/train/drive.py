@@ -68,11 +68,15 @@ def set_threads(cpus: float) -> None:
 def _in_process(
     store: FeatureStore, task: Task, resources: Resources
 ) -> Generator[Epoch, None, None]:
-    """Run the loop here."""
+    """Run the loop here; the process has its own number of threads back afterwards."""
+    before = torch.get_num_threads()
     set_threads(resources.cpus)
-    folder = RunFolder(store.storage, task)
-    trainer = Trainer(task, store.open(task.benchmark), folder, None, device_of(resources))
-    yield from trainer.epochs()
+    try:
+        folder = RunFolder(store.storage, task)
+        trainer = Trainer(task, store.open(task.benchmark), folder, None, device_of(resources))
+        yield from trainer.epochs()
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Mailbox:

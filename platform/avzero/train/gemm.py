@@ -3,8 +3,10 @@
 On some processors the framework's default path runs at less than half the core's speed while its
 other library is as exact (AMD Zen 5: 105 and 250 GFLOP/s, both at an error of 4e-7); on others the
 same switch rounds to bfloat16 (Intel with AMX: error 2e-3). Names do not tell, so ``full`` measures
-both once per process. Reduced precision is used where a run asks for it
-(``TrainConfig.matmul``) and nowhere else. float64 products are never touched.
+both, once per kind of processor and version of torch: the last bits of a run depend on the choice,
+so it is kept in the node's cache, where every later process finds it. Reduced precision is used
+where a run asks for it (``TrainConfig.matmul``) and nowhere else. float64 products are never
+touched.
 
     with use(task.train.matmul, device.type) as path:  # in force inside, restored behind it
         ...
@@ -12,15 +14,22 @@ both once per process. Reduced precision is used where a run asks for it
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path as FilePath
 from typing import Literal
 
 import torch
 
+from avzero.canon import identity
+from avzero.data.cache import cache_root
 from avzero.spec import Matmul
 
 Setting = Literal["highest", "high", "medium"]
@@ -30,8 +39,7 @@ CUDA both lower ones are TF32."""
 MOST_ERROR = 1e-5
 """Relative error up to which a product counts as full precision (float32 rounding gives 4e-7)."""
 LEAST_GAIN = 1.3
-"""How much faster the other path must be. True ratios are 1.0 or above 2, so that a noisy machine
-decides alike at every start: the last bits of a run depend on it."""
+"""How much faster the other path must be; true ratios are 1.0 or above 2."""
 _TRIES = 15
 
 
@@ -71,10 +79,46 @@ def path_of(matmul: Matmul, device: str) -> Path:
         return _measure([Path("tf32", "high")], device)[0]
     if matmul == "bf16":
         return _measure([Path("bf16", "medium", autocast=device == "cuda")], device)[0]
-    default, other = Path("default", "highest"), Path("onednn", "medium")
+    default = Path("default", "highest")
     if device != "cpu":  # there, the default is the fastest that is exact
         return _measure([default], device)[0]
-    return choose(*_measure([default, other], device))
+    return _kept(lambda: choose(*_measure([default, Path("onednn", "medium")], device)))
+
+
+def _kept(measure: Callable[[], Path]) -> Path:
+    """Return the choice this node has made before, or make it now; of two at once, one counts."""
+    here = identity([torch.__version__, torch.backends.cpu.get_cpu_capability(), _processor()])
+    file = cache_root() / "gemm" / f"{here}.json"
+    found = _read(file)
+    if found is None:
+        found = measure()
+        with contextlib.suppress(OSError):  # without a cache, every process measures
+            file.parent.mkdir(parents=True, exist_ok=True)
+            own = file.with_name(f"{file.name}.{os.getpid()}")
+            own.write_text(json.dumps(asdict(found)))
+            try:
+                os.link(own, file)  # fails where another process has just done so
+            finally:
+                own.unlink()
+        found = _read(file) or found
+    return found
+
+
+def _read(file: FilePath) -> Path | None:
+    """Return a kept choice; None where there is none, or one that cannot be read."""
+    try:
+        return Path(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _processor() -> str:
+    """Return the processor's name."""
+    with contextlib.suppress(OSError), FilePath("/proc/cpuinfo").open() as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 @contextmanager
