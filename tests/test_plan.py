@@ -31,13 +31,12 @@ from avzero.train.calibrate import Cost, few_steps, measure, measure_on_worker, 
 from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
 from avzero.train.outcome import conclude_stage_1
+from avzero.tune.cohorts import proposals, structural
 from avzero.tune.plan import (
     Plan,
     course,
     group_plan,
     make_plan,
-    proposals,
-    structural,
     survivors,
 )
 from avzero.tune.rungs import SEAT, START, should_stop

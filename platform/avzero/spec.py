@@ -186,6 +186,10 @@ class Search(Strict):
     seats: int = Field(0, ge=0, exclude_if=lambda value: value == 0)
     """Trials side by side, on a clock that counts epochs: the same number gives the same sweep on
     any machines. 0: as many as there are slots when a group begins."""
+    cohort: int = Field(0, ge=0, exclude_if=lambda value: value == 0)
+    """Trials in a row that share sizes, batch size and whatever else shapes a stack, so that they
+    are trained together; 1: each has its own. 0: as many as there are seats, but an eighth of the
+    trials at most."""
     space: dict[str, Any] = Field(default_factory=dict)
     """Ranges that replace or extend those of ``search_spaces/<model>.yaml``."""
     points: list[dict[str, Any]] = Field(default_factory=list)

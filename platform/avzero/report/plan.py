@@ -190,7 +190,7 @@ def _group_warnings(g: GroupPlan, plan: Plan) -> Iterator[str]:
     if plan.job.resources.gpus and cost.runs > 1 and cost.stacks > cost.runs / 2:
         yield (
             f"{g.group.key}: the first {cost.runs} trials make {cost.stacks} stacks, so that "
-            f"little is gained by stacking; fix {' or '.join(g.structural)}"
+            f"little is gained by stacking; raise search.cohort, or fix {' or '.join(g.structural)}"
         )
 
 

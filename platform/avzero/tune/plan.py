@@ -14,7 +14,6 @@ trial trains beyond its budget, which is the upper bound.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import math
 import os
 import random
@@ -23,25 +22,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import optuna
-from optuna.distributions import IntDistribution
-
 from avzero.canon import canonical
 from avzero.data.benchmark import Progress
 from avzero.data.storage import Storage
 from avzero.errors import UserError
 from avzero.spec import Job, Resources, Search, Task
 from avzero.train.calibrate import Cost, measure, measure_on_worker
+from avzero.tune.cohorts import cohort_size, proposals, structural, structural_names
 from avzero.tune.rungs import decides
-from avzero.tune.samplers import make_sampler
 from avzero.tune.space import Group
 from avzero.tune.sweep import Sweep, room
 
 _SAMPLE = 32
 """Configurations looked at for budgets, where these are searched."""
-_PROBED = 3
-"""Configurations around which every value of a hyperparameter is tried."""
-_MOST_INTEGERS = 16
 _DRAWS = 32
 _FREE = 4
 """Trials the median rule lets pass before it has enough to compare with (``tune.rungs``)."""
@@ -241,7 +234,7 @@ def make_plan(
     for number, group in enumerate(sweep.groups):
         progress("planning", number - 1, len(sweep.groups))  # so many groups are done
         seats = _seats(sweep, group, arrays)
-        tries = proposals(group, min(_SAMPLE, group.trials))
+        tries = _tries(sweep, group, seats)
         cost = None
         if calibrate and arrays:
             tasks = [group.task(values) for values in tries[: min(job.resources.width, seats)]]
@@ -259,6 +252,17 @@ def _seats(sweep: Sweep, group: Group, arrays: int) -> int:
     waiting = sum(one.remaining > 0 for one in sweep.studies.values())
     slots = sweep.job.resources.width
     return sweep.job.search.seats or slots * max(1, arrays // max(1, waiting))
+
+
+def _tries(sweep: Sweep, group: Group, seats: int) -> list[dict[str, Any]]:
+    """Return the first configurations, as the study shares their structure."""
+    study = sweep.journal.load(group)
+    if study is not None and "seats" in study.user_attrs:
+        size = int(study.user_attrs.get("cohort", 1))
+    else:
+        size = cohort_size(group.job.search, group.trials, seats)
+    names = structural_names(group) if size > 1 else ()
+    return proposals(group, min(_SAMPLE, group.trials), size, names)
 
 
 def _measured(sweep: Sweep, tasks: Sequence[Task], need: Resources, on_cluster: bool) -> Cost:
@@ -296,7 +300,7 @@ def group_plan(
     budgets = [(train.epochs, train.evaluate_every) for train in trains]
     played = {b: course(group.job.search, group.trials, *b) for b in sorted(set(budgets))}
     courses = [played[budget] for budget in budgets]
-    structures = structural(group, tries[:_PROBED])
+    structures = structural(group, tries)
     return GroupPlan(
         group=group,
         done=done,
@@ -312,42 +316,6 @@ def group_plan(
         looks=statistics.fmean(1 / train.evaluate_every for train in trains),
         cost=cost,
     )
-
-
-def proposals(group: Group, count: int) -> list[dict[str, Any]]:
-    """Return the first configurations a sweep would try if none had ended before."""
-    study = optuna.create_study(directions=["maximize"] * len(group.job.search.objectives))
-    for point in group.start_points[:count]:
-        study.enqueue_trial(point)
-    found = []
-    for number in range(count):
-        study.sampler = make_sampler(group.job.search, number, group.distributions)
-        found.append(dict(study.ask(group.distributions).params))
-    return found
-
-
-def structural(group: Group, around: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return for every searched name how many structures its values make, others left alone.
-
-    Args:
-        group: the group.
-        around: configurations to vary, for a switch may matter only beside another.
-    """
-    counts = {}
-    for name, known in group.distributions.items():
-        values = getattr(known, "choices", None) or (known.low, known.high)  # type: ignore[attr-defined]
-        if isinstance(known, IntDistribution) and known.high - known.low < _MOST_INTEGERS:
-            values = tuple(range(known.low, known.high + 1))
-        found = 1
-        for point in around:
-            different = set()
-            for value in values:
-                # A combination the system refuses makes no structure.
-                with contextlib.suppress(UserError):
-                    different.add(group.structure({**point, name: value}))
-            found = max(found, len(different))
-        counts[name] = found
-    return counts
 
 
 def course(search: Search, trials: int, epochs: int, every: int = 1) -> list[float]:

@@ -47,23 +47,30 @@ _CMA_TAG = "cma"
 trials."""
 
 
-def make_sampler(search: Search, number: int, distributions: Distributions) -> BaseSampler:
+def make_sampler(
+    search: Search,
+    number: int,
+    distributions: Distributions,
+    shared: Mapping[str, Any] | None = None,
+) -> BaseSampler:
     """Return the sampler of one trial.
 
     Args:
         search: which sampler, and the seed.
         number: the trial's number.
         distributions: every searched range.
+        shared: values the trial takes from its cohort (``tune.cohorts``).
 
     Raises:
         UserError: the sampler cannot work with these ranges.
     """
+    own: BaseSampler
     if search.sampler == "cmaes":
-        return CmaSampler(search.seed, number, distributions)
-    if search.sampler == "tpe":
-        return PerTrial(_tpe, search.seed, number)
-    # Every value of a grid's point is given; nothing is left to a sampler.
-    return PerTrial(RandomSampler, search.seed, number)
+        own = CmaSampler(search.seed, number, distributions)
+    else:
+        # Every value of a grid's point is given; nothing is left to a sampler.
+        own = PerTrial(_tpe if search.sampler == "tpe" else RandomSampler, search.seed, number)
+    return Sharing(shared, own) if shared else own
 
 
 def _tpe(seed: int) -> BaseSampler:
@@ -114,6 +121,41 @@ class PerTrial(BaseSampler):
         return sampler.sample_independent(
             _first_decides(study), trial, param_name, param_distribution
         )
+
+
+class Sharing(BaseSampler):
+    """Another sampler, but for the values that are given.
+
+    Args:
+        given: values by name.
+        own: what proposes the others.
+    """
+
+    def __init__(self, given: Mapping[str, Any], own: BaseSampler) -> None:
+        self._given = given
+        self._own = own
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Return the ranges whose values are drawn together, without those that are given."""
+        space = self._own.infer_relative_search_space(study, trial)
+        return {name: range_ for name, range_ in space.items() if name not in self._given}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Draw the values of several ranges together."""
+        values = self._own.sample_relative(study, trial, search_space)
+        return {name: value for name, value in values.items() if name not in self._given}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        """Return a given value, or draw one."""
+        if param_name in self._given:
+            return self._given[param_name]
+        return self._own.sample_independent(study, trial, param_name, param_distribution)
 
 
 class _FirstDecides:

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from avzero.data.storage import Storage
 from avzero.train.folder import RunFolder
 from avzero.train.records import Epoch
+from avzero.tune.cohorts import cohort_size, shared_values, structural_names
 from avzero.tune.journal import Journal
 from avzero.tune.listener import TrialView
 from avzero.tune.rungs import SEAT, START, decides, should_stop
@@ -93,6 +94,9 @@ class GroupStudy:
         self._study = journal.load(group)
         self._seats: list[_Seat] = []
         self._orphans: list[FrozenTrial] = []
+        self._cohort = 1
+        self._structural: tuple[str, ...] = ()
+        """Names whose values a cohort shares."""
         self._twins: dict[int, list[tuple[optuna.trial.Trial, TrialView]]] = {}
 
     @property
@@ -107,8 +111,15 @@ class GroupStudy:
             seats: how many trials run side by side; a study keeps what it began with.
         """
         study = self._study = self._journal.create(self.group)
+        search = self.group.job.search
         if "seats" not in study.user_attrs:
-            study.set_user_attr("seats", self.group.job.search.seats or seats)
+            seats = search.seats or seats
+            study.set_user_attr("cohort", cohort_size(search, self.group.trials, seats))
+            study.set_user_attr("seats", seats)  # the last: a study with seats is whole
+        # Sweeps begun by an earlier version had none.
+        self._cohort = int(study.user_attrs.get("cohort", 1))
+        if self._cohort > 1:
+            self._structural = structural_names(self.group)
         for point in self.group.start_points[: self.group.trials]:
             study.enqueue_trial(point, skip_if_exists=True)
         return self._take_seats(study)
@@ -261,7 +272,9 @@ class GroupStudy:
         number = self._orphans[0].number if self._orphans else len(self._trials())
         # A sampler per trial: what it proposes depends on the history alone, not on when the
         # sweep was stopped and resumed.
-        study.sampler = make_sampler(self.group.job.search, number, self.group.distributions)
+        shared = shared_values(self._trials(), number, self._cohort, self._structural)
+        ranges = self.group.distributions
+        study.sampler = make_sampler(self.group.job.search, number, ranges, shared)
         if self._orphans:
             # Only ``ask`` and ``tell`` drop what a sampler has read of the study before.
             study._thread_local.cached_all_trials = None
