@@ -62,6 +62,23 @@ SMALL: dict[str, dict[str, object]] = {
 """Hyperparameters that make a system train in milliseconds; systems not named are fast enough."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the suite: modules stay whole, and what needs Ray shares one cluster.
+
+    The longest groups start first.
+    """
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        needs_ray = "ray_local" in getattr(item, "fixturenames", ()) or item.get_closest_marker(
+            "ray"
+        )
+        group = "ray" if needs_ray else str(item.path.name)
+        item.add_marker(pytest.mark.xdist_group(group))
+        groups.setdefault(group, []).append(item)
+    first = [groups.pop(name, []) for name in ("ray", "test_array.py", "test_contract.py")]
+    items[:] = [item for group in [*first, *groups.values()] for item in group]
+
+
 @pytest.fixture(autouse=True)
 def _threads_are_left_alone() -> Iterator[None]:
     """The number of threads decides last bits: a test that changed it would fail another one."""

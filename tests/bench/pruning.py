@@ -191,7 +191,7 @@ def compare(store: FeatureStore, epochs: int, systems: int) -> None:
     name = f"e{epochs}-g{systems}"
     whole = play(sweep_of(name, store, systems, epochs, pruner="none"), 16, [1.0])
     arrays = ([1.0], [1.0, 1.0], [1.0, SLOWER])
-    for number, (slots, lasts) in enumerate(itertools.product((8, 16), arrays)):
+    for number, (slots, lasts) in enumerate(itertools.product((4, 8, 16), arrays)):
         for spare in (0,) if len(lasts) == 1 else (0, slots * len(lasts) * 3 // 2):
             sweep = sweep_of(f"{name}-{number}-{spare}", store, systems, epochs, seats=spare)
             print(f"{epochs:6} {systems:6} {slots:5} {spare or '':>5} ", end="")
