@@ -23,6 +23,8 @@ from avzero.models._basic import memory
 from avzero.models._contract import Batch, Context, Model, World, trainable
 from avzero.models._random import Dropout
 from avzero.protocol.counter import fold, site_keys
+from avzero.protocol.scoring import Nearest
+from avzero.train.data import headline
 from avzero.train.feed import Feed, slot
 from avzero.train.gemm import use
 from avzero.train.records import Epoch, TrainingFailed
@@ -45,16 +47,38 @@ def run_epoch(trainers: Sequence[Trainer]) -> Iterator[tuple[Trainer, Epoch | Tr
         stacks.setdefault(trainer.structure, []).append(trainer)
     for members in stacks.values():
         started = time.perf_counter()
-        outcomes = _train(members)
+        outcomes = list(zip(members, _train(members), strict=True))
         seconds = (time.perf_counter() - started) / len(members)
-        for trainer, losses in zip(members, outcomes, strict=True):
+        for (trainer, losses), facts in zip(outcomes, _look(outcomes), strict=True):
             if isinstance(losses, TrainingFailed):
                 yield trainer, losses
                 continue
             try:
-                yield trainer, trainer.close_epoch(losses, seconds)
+                yield trainer, trainer.close_epoch(losses, seconds, facts)
             except TrainingFailed as error:
                 yield trainer, error
+
+
+def _look(outcomes: Sequence[tuple[Trainer, Any]]) -> list[Nearest | None]:
+    """Return what scoring needs of VAL for the runs of a stack that have just been trained.
+
+    Runs on the same data are looked at together. None: failed, not due, or a distance is NaN.
+    """
+    together: dict[tuple[int, bool], list[int]] = {}
+    for at, (trainer, losses) in enumerate(outcomes):
+        if trainer.due and trainer.first and not isinstance(losses, TrainingFailed):
+            squared = trainer.task.protocol.distance == "squared_l2"
+            together.setdefault((id(trainer.data), squared), []).append(at)
+    found: list[Nearest | None] = [None] * len(outcomes)
+    for (_, squared), members in together.items():
+        first = outcomes[members[0]][0]
+        if first.val is None:
+            continue
+        models = [outcomes[at][0].model for at in members]
+        facts = headline(models, first.data, first.val, squared)
+        for at, one in zip(members, facts, strict=True):
+            found[at] = one
+    return found
 
 
 class _Call(nn.Module):

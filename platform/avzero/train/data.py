@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -250,6 +250,52 @@ class SeenRows:
         for features, index in self._data.blocks(self._kept[1]):
             yield features, self.label[start : start + len(index)]
             start += len(index)
+
+
+@torch.no_grad()
+def headline(
+    models: Sequence[Model], stage: StageData, data: EvaluationSet, squared: bool
+) -> list[Nearest | None]:
+    """Score systems trained side by side on one evaluation set, in eval mode.
+
+    Rows are taken once for all, and distances reduced in one pass; each system's facts are those
+    that ``nearest`` has of it alone.
+
+    Args:
+        models: the systems; alike in what they return.
+        stage: what all were trained on.
+        data: rows to score and their candidate classes.
+        squared: compare squared distances.
+
+    Returns:
+        Per system what scoring needs of ``both``; None where a distance is NaN.
+    """
+    text = stage.class_text[torch.cat([data.seen_ids, data.unseen_ids])]
+    found: list[list[Nearest | None]] = [[] for _ in models]
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        rows_of_seen = SeenRows(stage, data.seen_ids)
+        tables = [m.candidates(text, len(data.seen_ids), rows_of_seen) for m in models]
+        for features, labels in data.chunks(stage.scaling):
+            embedded = [model.embed(features) for model in models]
+            for rows in data.blocks(len(labels)):
+                distances = []
+                for model, z, table in zip(models, embedded, tables, strict=True):
+                    own = model.distances({k: x[rows] for k, x in z.items()}, table, squared)
+                    distances.append(_of_present(own, stage.scaling.absent)[BOTH])
+                facts = data.facts_of_many(torch.stack(distances), labels[rows])
+                for parts, part in zip(found, facts, strict=True):
+                    parts.append(part)
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+    whole = [[part for part in parts if part is not None] for parts in found]
+    return [
+        Nearest.concatenate(parts) if len(parts) == len(every) else None
+        for parts, every in zip(whole, found, strict=True)
+    ]
 
 
 @torch.no_grad()

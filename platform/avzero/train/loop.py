@@ -17,12 +17,12 @@ from avzero.errors import UserError
 from avzero.models._contract import Model, trainable
 from avzero.models._layers import Site
 from avzero.models._registry import build
-from avzero.protocol.calibration import BOTH
 from avzero.protocol.sampling import Draws
+from avzero.protocol.scoring import Nearest
 from avzero.protocol.stages import STAGE_1
 from avzero.spec import Task
 from avzero.train.array import run_epoch
-from avzero.train.data import EvaluationSet, StageData, nearest
+from avzero.train.data import EvaluationSet, StageData
 from avzero.train.folder import RunFolder, State, Tensors
 from avzero.train.records import Epoch, TrainingFailed
 from avzero.train.schedule import Plateau
@@ -119,17 +119,27 @@ class Trainer:
             group["lr"] = self._lr
         self.model.train()
 
-    def close_epoch(self, losses: dict[str, float], seconds: float) -> Epoch:
-        """Evaluate and checkpoint a trained epoch; return its record.
+    @property
+    def due(self) -> bool:
+        """Whether this worker scores VAL after the next epoch.
+
+        The last epoch always has a look, so that every run has a best one.
+        """
+        train, after = self.task.train, self.epoch + 1
+        return self.val is not None and (after % train.evaluate_every == 0 or after == train.epochs)
+
+    def close_epoch(
+        self, losses: dict[str, float], seconds: float, facts: Nearest | None = None
+    ) -> Epoch:
+        """Score and checkpoint a trained epoch; return its record.
 
         Args:
             losses: mean of every term.
             seconds: what training took; a run's share, where several are trained at once.
+            facts: what scoring needs of VAL where it is due; None: a distance is NaN.
         """
         train, epoch = self.task.train, self.epoch
-        # The last epoch is always looked at, so that every run has a best one.
-        due = (epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs
-        val = self._evaluate() if due else {}
+        val = self._scores(facts) if self.due else {}
         # Stage 2 has as many epochs as stage 1 needed to its best, and ends with the last one:
         # VAL is part of its training data and chooses nothing (protocol.md section 5, step 2).
         score = val.get("HM", float(epoch))
@@ -166,18 +176,12 @@ class Trainer:
             self.state.plateau = Plateau(train.lr, train.patience, train.factor)
         return self.task.train.lr if self.state.plateau is None else self.state.plateau.lr
 
-    def _evaluate(self) -> dict[str, float]:
-        """Return the VAL scores at the best grid value; rank 0 computes, all workers agree."""
-        if self.val is None:
-            return {}
-        scores: dict[str, float] | None = {}
-        if self.first:
-            try:
-                facts = nearest(self.model, self.data, self.val, self.task.protocol)
-                grid = self.task.protocol.beta_grid or self.model.beta_grid
-                scores = facts[BOTH].sweep(grid.values()).as_dict()
-            except FloatingPointError:
-                scores = None  # the other workers wait for an answer: none is one too
+    def _scores(self, facts: Nearest | None) -> dict[str, float]:
+        """Return the VAL scores at the best grid value; rank 0 has looked, all workers agree."""
+        scores = None
+        if facts is not None:
+            grid = self.task.protocol.beta_grid or self.model.beta_grid
+            scores = facts.sweep(grid.values()).as_dict()
         if self.world is not None:
             scores = self.world.from_first(scores)
         if scores is None:
