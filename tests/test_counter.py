@@ -9,6 +9,7 @@ import torch
 
 from avzero.protocol.counter import (
     dropout_mask,
+    dropout_words,
     fold,
     mix64,
     mix64_int,
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def kept(key: torch.Tensor, size: int, p: float) -> torch.Tensor:
-    return dropout_mask(key, torch.Size([size]), torch.tensor(p), 0, size) > 0
+    return dropout_mask(key, torch.Size([size]), dropout_words(p), 0, size) > 0
 
 
 def test_tensor_and_integer_hash_agree() -> None:
@@ -54,10 +55,10 @@ def test_uniform_below_is_uniform() -> None:
 def test_mask_has_its_rate_and_scale() -> None:
     keys = site_keys(fold(1), 8, 3, CPU)
     for p in (0.05, 0.3, 0.5, 0.9):
-        mask = dropout_mask(keys[0, 0], torch.Size([1 << 20]), torch.tensor(p), 0, 1 << 20)
+        mask = dropout_mask(keys[0, 0], torch.Size([1 << 20]), dropout_words(p), 0, 1 << 20)
         rate = (mask > 0).double().mean().item()
         assert abs(rate - (1 - p)) < 4 * (p * (1 - p) / 2**20) ** 0.5
-        assert set(mask.unique().tolist()) == {0.0, (1 / (1 - torch.tensor(p))).item()}
+        assert set(mask.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()}
 
 
 def test_masks_of_steps_and_sites_are_uncorrelated() -> None:
@@ -81,7 +82,7 @@ def test_neighbouring_elements_are_uncorrelated() -> None:
 
 def test_workers_share_one_lattice() -> None:
     key = site_keys(fold(2), 1, 1, CPU)[0, 0]
-    p = torch.tensor(0.4)
+    p = dropout_words(0.4)
     whole = dropout_mask(key, torch.Size([8, 5]), p, 0, 40)
     halves = [dropout_mask(key, torch.Size([4, 5]), p, rank * 20, 40) for rank in (0, 1)]
     torch.testing.assert_close(torch.cat(halves), whole, rtol=0, atol=0)
@@ -90,12 +91,13 @@ def test_workers_share_one_lattice() -> None:
 def test_masks_can_be_stacked() -> None:
     """Under vmap every slot has its own keys and rate, and gets the bits it would get alone."""
     keys = site_keys(fold(4), 3, 1, CPU)[:, 0]
-    rates = torch.tensor([0.1, 0.5, 0.8])
+    rates = [dropout_words(p) for p in (0.1, 0.5, 0.8)]
     shape = torch.Size([64])
     alone = torch.stack(
         [dropout_mask(k, shape, p, 0, 64) for k, p in zip(keys, rates, strict=True)]
     )
-    stacked = torch.vmap(lambda k, p: dropout_mask(k, shape, p, 0, 64))(keys, rates)
+    words = tuple(torch.stack(column) for column in zip(*rates, strict=True))
+    stacked = torch.vmap(lambda k, p: dropout_mask(k, shape, p, 0, 64))(keys, words)
     torch.testing.assert_close(stacked, alone, rtol=0, atol=0)
 
 

@@ -10,6 +10,7 @@ from avzero.data.avca import read_avca
 from avzero.data.benchmark import Benchmark
 from avzero.data.simulate import simulate
 from avzero.data.store import FeatureStore
+from avzero.models._basic import memory
 from avzero.models._contract import Context, trainable
 from avzero.models._layers import Site
 from avzero.models._registry import build, make_config
@@ -51,11 +52,15 @@ class BareSteps:
         sites = sum(isinstance(module, Site) for module in self.model.modules())
         self.keys = site_keys(fold(0), count, sites, torch.device("cpu"))
         learning = [parameter for _, parameter in trainable(self.model)]
+        # As many of these as of an epoch's 500 steps move statistics that are still remembered.
+        self._tracked = round(memory(self.model) / 500 * count)
         self.optimizer = torch.optim.Adam(learning, lr=1e-3, weight_decay=1e-5, fused=True)
 
     def step(self, number: int) -> None:
         """Take one step."""
-        terms = self.model.loss(self.batches[number], Context(self.keys[number]))
+        tracked = number >= len(self.batches) - self._tracked
+        context = Context(self.keys[number], tracked=tracked)
+        terms = self.model.loss(self.batches[number], context)
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

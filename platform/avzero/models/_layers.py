@@ -104,7 +104,9 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, context: Context | None) -> Tensor:
         """Map [..., tokens, width] to the same shape."""
         split = (*x.shape[:-1], 3, self.heads, self.head_width)
-        q, k, v = self.to_qkv(x).view(split).movedim(-2, -4).unbind(-2)
+        # Parted before anything is moved, so that the gradient is put together where it belongs.
+        parts = self.to_qkv(x).view(split).unbind(-3)
+        q, k, v = (part.transpose(-2, -3) for part in parts)
         weights = torch.softmax(q @ k.transpose(-1, -2) * self.head_width**-0.5, dim=-1)
         joined = (weights @ v).movedim(-3, -2).flatten(-2)
         out: Tensor = self.to_out[0](joined)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ def triplets(rows: Tensor, plan: Sequence[tuple[int, int, int]], margin: Tensor)
             gradients in one order, whatever the batch is trained with.
         margin: 0-d.
     """
-    anchors, positives, negatives = (pick(rows, which) for which in zip(*plan, strict=True))
+    # One pick for all: each would give back a gradient of the size of all rows.
+    picked = pick(rows, [at for role in zip(*plan, strict=True) for at in role])
+    anchors, positives, negatives = picked.view(-1, 3, len(plan), rows.shape[-1]).unbind(1)
     return hinge(anchors, positives, negatives, margin).mean(0)
 
 
@@ -42,7 +45,36 @@ def pick(rows: Tensor, which: Sequence[int]) -> Tensor:
 
 def mse(left: Tensor, right: Tensor) -> Tensor:
     """Return the mean squared difference over all elements."""
-    return (left - right).square().mean()
+    out: tuple[Tensor, Tensor] = _MeanSquare.apply(left, right)  # type: ignore[no-untyped-call]
+    return out[0]
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean squared difference over all elements; gradient 2 (left - right) / n.
+
+    The framework's takes twice as many passes over the rows.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        gap = left - right
+        return gap.square().mean(), gap
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        del inputs
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (gap,) = ctx.saved_tensors
+        left = gap * (gradients[0] * (2 / gap.numel()))
+        need_left, need_right = ctx.needs_input_grad
+        return (left if need_left else None), (-left if need_right else None)
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from avzero.models._contract import Context, scalar
-from avzero.protocol.counter import dropout_mask, normal_floats, uniform_floats
+from avzero.models._contract import Context
+from avzero.protocol.counter import dropout_mask, dropout_words, normal_floats, uniform_floats
 
 
 class Site(nn.Module):
@@ -46,11 +46,13 @@ class Dropout(Site):
     rate of exactly 0 at construction removes the layer.
     """
 
-    p: Tensor
+    threshold: Tensor
+    kept: Tensor
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        scalar(self, "p", p)
+        for name, word in zip(("threshold", "kept"), dropout_words(p), strict=True):
+            self.register_buffer(name, word, persistent=False)
         self.off = p == 0
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -58,7 +60,8 @@ class Dropout(Site):
         if self.off or not self.training:
             return x
         key, first, total = self.lattice(x.numel(), context)
-        return x * dropout_mask(key, x.shape, self.p, first, total).to(x.dtype)
+        words = (self.threshold, self.kept)
+        return x * dropout_mask(key, x.shape, words, first, total).to(x.dtype)
 
 
 def number_sites(model: nn.Module) -> int:

@@ -81,7 +81,7 @@ class TwoBranch(Model):
         phi, theta_a, theta_v = self.branches(batch.features, context)
         theta_w = self.W_proj(batch.text, context)
         theta = torch.cat([theta_w, theta_a, theta_v], dim=1)
-        w, a, v = theta[:, ::2].unbind(1)
+        w, a, v = pick(theta, (0, 2, 4)).unbind(1)
         # Decoder groups in the released order; the decoded negative text is dead code there.
         rho = self.D(theta if self.legacy_updates else pick(theta, (0, 2, 3, 4, 5)), context)
         rec_a, rec_v = self.A_rec(a, context), self.V_rec(v, context)
@@ -92,7 +92,7 @@ class TwoBranch(Model):
         joint = triplets(theta, JOINT, self.margin)
         n = rho.shape[1]
         cross = triplets(rho, [(0, n - 4, n - 3), (0, n - 2, n - 1)], self.margin)
-        rho_w, rho_a, rho_v = rho[:, 0], rho[:, -4], rho[:, -2]
+        rho_w, rho_a, rho_v = pick(rho, (0, n - 4, n - 2)).unbind(1)
         names = ("t_wa_a", "t_wv_v", "t_aw_w", "t_vw_w", "add1_a", "add1_v", "add2_a", "add2_v")
         text, (p_a, p_v) = batch.text[:, 0], phi[:, 0].unbind(1)
         return dict(zip(names, joint.unbind(), strict=True)) | {

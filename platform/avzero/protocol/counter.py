@@ -90,8 +90,16 @@ def _lattice(size: int, device: torch.device) -> Tensor:
     return (x ^ (x >> 15)).to(torch.int32)
 
 
+def dropout_words(probability: float) -> tuple[Tensor, Tensor]:
+    """Return what ``dropout_mask`` needs of a probability p: a threshold, and the bits of
+    1 / (1 - p); int32, 0-d."""
+    p = torch.tensor(probability, dtype=torch.float64)
+    threshold = ((1 - p) * 2.0**31 - 2.0**30).to(torch.int32)
+    return threshold, (1 / (1 - p)).to(torch.float32).view(torch.int32)
+
+
 def dropout_mask(
-    key: Tensor, shape: torch.Size, probability: Tensor, first: int, total: int
+    key: Tensor, shape: torch.Size, words: tuple[Tensor, Tensor], first: int, total: int
 ) -> Tensor:
     """Return a float32 mask of ``shape``: 0 with probability p, else 1 / (1 - p).
 
@@ -102,10 +110,11 @@ def dropout_mask(
     Args:
         key: int32 [2], the site's keys in this step.
         shape: shape of the values to mask.
-        probability: 0-d float32, the probability p of 0.
+        words: the probability p of 0, as ``dropout_words`` writes it.
         first: number of the first element in the global batch (0 with one worker).
         total: number of elements of the global batch, so that workers share one lattice.
     """
+    threshold, kept = words
     count = shape.numel()
     x = _lattice(total, key.device)[first : first + count].view(shape) + key[0]
     x ^= x >> 15
@@ -113,9 +122,9 @@ def dropout_mask(
     # Halved, so that the difference to the threshold 1 - p cannot overflow; its sign bit, spread
     # over the word, then selects the bits of 1 / (1 - p).
     x >>= 1
-    x -= ((1 - probability.to(torch.float64)) * 2.0**31 - 2.0**30).to(torch.int32)
+    x -= threshold
     x >>= 31
-    x &= (1 / (1 - probability)).to(torch.float32).view(torch.int32)
+    x &= kept
     return x.view(torch.float32)
 
 
