@@ -14,7 +14,9 @@ from rich.console import Console
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.report.console import ConsoleProgress
-from avzero.report.table import leaderboard, render, sweep_names
+from avzero.report.records import sweep_names
+from avzero.report.rows import leaderboard
+from avzero.report.table import render
 from avzero.spec import Job
 from avzero.track.mlflow_tracker import MlflowTracker
 from avzero.tune.final import freeze, run_final
