@@ -124,9 +124,7 @@ def boards(rows: Sequence[Row], published: Sequence[Judged] | None = None) -> li
         place = (first.dataset.casefold(), base_features(first.feature_set))
         beside = () if first.simulated else tuple(_of(judged, place))
         used |= {place} if beside else set()
-        made.append(
-            Board(first.dataset, first.feature_set, first.simulated, tuple(blocks), beside)
-        )
+        made.append(Board(first.dataset, first.feature_set, first.simulated, tuple(blocks), beside))
     for dataset, features in dict.fromkeys((j.row.dataset, j.row.feature_set) for j in judged):
         if (dataset.casefold(), features) not in used:
             alone = tuple(_of(judged, (dataset.casefold(), features)))

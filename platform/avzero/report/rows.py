@@ -154,8 +154,8 @@ def rows_of(records: Records) -> list[Row]:
     trials = _by_group(records.trials.to_pylist())
     training = {key: _training(rows) for key, rows in trials.items()}
     totals: dict[str, float] = {}
-    for (sweep, _), hours in training.items():
-        totals[sweep] = totals.get(sweep, 0.0) + hours
+    for (name, _), hours in training.items():
+        totals[name] = totals.get(name, 0.0) + hours
     rows = []
     for (name, group), results in _by_group(records.results.to_pylist()).items():
         sweep = sweeps[name]
@@ -182,7 +182,7 @@ def _by_group(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict
 
 def _training(trials: Sequence[dict[str, Any]]) -> float:
     """Return the hours of training of trials; a twin took its elder's outcome, and no time."""
-    return sum(trial["seconds"] for trial in trials if trial["twin_of"] is None) / 3600
+    return sum(float(trial["seconds"]) for trial in trials if trial["twin_of"] is None) / 3600
 
 
 def _cost(sweep: SweepFacts, results: Sequence[dict[str, Any]], hours: float, total: float) -> Cost:
