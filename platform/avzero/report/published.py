@@ -63,7 +63,7 @@ class Published:
 
     @property
     def benchmark(self) -> str:
-        """The name ``avzero ingest`` gives to the benchmark of its numbers (``ucf-main``)."""
+        """The benchmark of its numbers, named as ``avzero ingest`` begins it (``ucf-main``)."""
         return f"{self.dataset}-{self.feature_set}".lower()
 
     @property
@@ -303,20 +303,63 @@ def mixed_sources(rows: Sequence[Published] | None = None) -> dict[str, dict[str
     return {source: sets for source, sets in tables.items() if len(sets) > 1}
 
 
-def published_for(model: str, dataset: str, feature_set: str) -> list[Judged]:
-    """Return the published rows of a system on a benchmark, every source.
+@dataclass(frozen=True)
+class Reference:
+    """A published result once, however many sources print it."""
+
+    judged: Judged
+    """The row with the most scores, a verified one before one from memory."""
+    sources: tuple[str, ...]
+    """All sources that print these numbers, the row's own first."""
+
+    @property
+    def row(self) -> Published:
+        """The row."""
+        return self.judged.row
+
+
+def references(judged: Sequence[Judged] | None = None) -> list[Reference]:
+    """Return every published result once: rows that agree are one, rows that differ stay apart."""
+    groups: list[list[Judged]] = []
+    for one in judged_rows() if judged is None else judged:
+        for group in groups:
+            if all(_same(one.row, other.row) and agree(one.row, other.row) for other in group):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return [_reference(group) for group in groups]
+
+
+def _same(one: Published, other: Published) -> bool:
+    """Return whether two rows are about the same thing."""
+    names = ("system", "variant", "dataset", "feature_set")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def _reference(group: Sequence[Judged]) -> Reference:
+    """Return a group's fullest row with everything the group says."""
+
+    def worth(judged: Judged) -> tuple[int, bool]:
+        return sum(v is not None for v in judged.row.scores.values()), judged.row.verified
+
+    best = max(group, key=worth)
+    sources = [best.row.source, *(one.row.source for one in group if one is not best)]
+    return Reference(best, tuple(sources))
+
+
+def published_for(dataset: str, feature_set: str) -> list[Judged]:
+    """Return all rows a leaderboard of a benchmark can show beside its own, every source.
 
     Args:
-        model: the system's name here.
         dataset: as the benchmark's manifest names it (``UCF``).
         feature_set: as the manifest names it; ``cls_temporal`` has the rows of ``cls``.
     """
-    features = base_features(feature_set)
+    wanted = dataset.casefold(), base_features(feature_set)
     return [
         judged
         for judged in judged_rows()
-        if (judged.row.model, judged.row.dataset, judged.row.feature_set)
-        == (model, dataset, features)
+        if (judged.row.dataset.casefold(), judged.row.feature_set) == wanted
     ]
 
 
