@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from avzero.canon import ID_LENGTH
-from avzero.report.published import Judged, base_features, judged_rows
+from avzero.report.published import Reference, base_features, references
 from avzero.report.records import SCORES, Records, SweepFacts
 from avzero.report.rows import Row, departures, rows_of
 from avzero.report.standing import Standing, standing
@@ -76,7 +76,7 @@ class Board:
     feature_set: str
     simulated: bool
     blocks: tuple[Block, ...] = ()
-    published: tuple[Judged, ...] = ()
+    published: tuple[Reference, ...] = ()
 
     @property
     def benchmark(self) -> str:
@@ -104,14 +104,14 @@ class Board:
         return tuple(row for block in self.blocks for row in block.rows)
 
 
-def boards(rows: Sequence[Row], published: Sequence[Judged] | None = None) -> list[Board]:
+def boards(rows: Sequence[Row], published: Sequence[Reference] | None = None) -> list[Board]:
     """Return rows as boards: ours first, then what is published where there is nothing of ours.
 
     Args:
         rows: of ``rows.leaderboard``.
         published: rows to set beside them; all that are known.
     """
-    judged = judged_rows() if published is None else published
+    printed = references() if published is None else published
     grounds: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
     for row in rows:
         board = grounds.setdefault((row.benchmark, row.digest, row.feature_set), {})
@@ -122,20 +122,20 @@ def boards(rows: Sequence[Row], published: Sequence[Judged] | None = None) -> li
         blocks.sort(key=lambda block: (block.preset != "paper", block.text, block.title))
         first = blocks[0].rows[0]
         place = (first.dataset.casefold(), base_features(first.feature_set))
-        beside = () if first.simulated else tuple(_of(judged, place))
+        beside = () if first.simulated else tuple(_of(printed, place))
         used |= {place} if beside else set()
         made.append(Board(first.dataset, first.feature_set, first.simulated, tuple(blocks), beside))
-    for dataset, features in dict.fromkeys((j.row.dataset, j.row.feature_set) for j in judged):
+    for dataset, features in dict.fromkeys((p.row.dataset, p.row.feature_set) for p in printed):
         if (dataset.casefold(), features) not in used:
-            alone = tuple(_of(judged, (dataset.casefold(), features)))
+            alone = tuple(_of(printed, (dataset.casefold(), features)))
             made.append(Board(dataset, features, False, (), alone))
     return made
 
 
-def _of(judged: Sequence[Judged], place: tuple[str, str]) -> Iterator[Judged]:
+def _of(printed: Sequence[Reference], place: tuple[str, str]) -> Iterator[Reference]:
     """Yield published rows of a (dataset, feature set), best HM first."""
-    found = [j for j in judged if (j.row.dataset.casefold(), j.row.feature_set) == place]
-    yield from sorted(found, key=lambda j: -(j.row.scores["HM"] or 0.0))
+    found = [p for p in printed if (p.row.dataset.casefold(), p.row.feature_set) == place]
+    yield from sorted(found, key=lambda p: -(p.row.scores["HM"] or 0.0))
 
 
 # -- what a reader must know --------------------------------------------------------------------

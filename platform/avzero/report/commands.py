@@ -47,9 +47,13 @@ def report(
     if latex:
         files[latex] = to_latex(tables)
     if html:
+        from avzero.report.mlflow_links import links
         from avzero.report.page import page
+        from avzero.report.parity import board
+        from avzero.report.parity_records import ours_in
 
-        files[html] = page(records, rows, tables, told, tracking)
+        ours, _ = ours_in(storage, sweeps or [])
+        files[html] = page(records, tables, told, board(ours), links(records, tracking))
     for path, text in files.items():
         _save(path, text)
     if as_json:

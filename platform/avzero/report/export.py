@@ -12,7 +12,7 @@ from typing import Any
 
 from avzero.canon import ID_LENGTH
 from avzero.report.boards import Block, Board
-from avzero.report.published import Judged
+from avzero.report.published import Reference
 from avzero.report.records import SCORES
 from avzero.report.rows import DISJOINT, Row
 
@@ -36,8 +36,8 @@ def table_rows(boards: Sequence[Board]) -> Iterator[dict[str, Any]]:
             places = block.standing("HM")
             for name, row in zip(block.names, block.rows, strict=True):
                 yield _ours(row, places.place(name))
-        for judged in board.published:
-            yield _published(judged)
+        for reference in board.published:
+            yield _published(reference)
 
 
 def _ours(row: Row, place: str) -> dict[str, Any]:
@@ -73,13 +73,14 @@ def _ours(row: Row, place: str) -> dict[str, Any]:
     return {name: _plain(cells.get(name)) for name in COLUMNS}
 
 
-def _published(judged: Judged) -> dict[str, Any]:
+def _published(reference: Reference) -> dict[str, Any]:
     """Return a published row."""
-    row = judged.row
+    row, judged = reference.row, reference.judged
     cells = {
         "kind": "published",
-        **{k: getattr(row, k) for k in ("dataset", "feature_set", "system", "variant", "source")},
+        **{k: getattr(row, k) for k in ("dataset", "feature_set", "system", "variant")},
         **row.scores,
+        "source": "; ".join(reference.sources),
         "verdict": judged.verdict,
         "remarks": judged.text(),
     }
@@ -176,7 +177,7 @@ def _table(board: Board) -> str:
         lines += [_our_line(block, place) for place in range(len(block.rows))]
     if board.published:
         lines += [r"\midrule", r"\multicolumn{6}{l}{\emph{published, single runs}} \\"]
-        lines += [_published_line(judged) for judged in board.published]
+        lines += [_published_line(reference) for reference in board.published]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
@@ -190,7 +191,7 @@ def _caption(board: Board) -> str:
             "Bold: best, told apart from all others of its group (Welch's t-test over seeds, "
             "Holm's correction, 95 %); underlined: the best and those not told apart from it"
         )
-    if any(judged.verdict == "cannot be right" for judged in board.published):
+    if any(p.judged.verdict == "cannot be right" for p in board.published):
         text += ". †: cannot be right as printed"
     return escaped(text + ".")
 
@@ -212,9 +213,9 @@ def _seeds(row: Row) -> str:
     return f"{len(row.seeds)} seed{'s' * (len(row.seeds) != 1)}"
 
 
-def _published_line(judged: Judged) -> str:
+def _published_line(reference: Reference) -> str:
     """Return a published row."""
-    row = judged.row
-    name = row.name + ("†" if judged.verdict == "cannot be right" else "")
+    row = reference.row
+    name = row.name + ("†" if reference.judged.verdict == "cannot be right" else "")
     scores = ["" if row.scores[s] is None else f"{row.scores[s]:.2f}" for s in SCORES]
     return " & ".join([escaped(name), escaped(row.source), *scores]) + r" \\"

@@ -11,7 +11,7 @@ from avzero.data.ledger import IMPORTS
 from avzero.data.storage import Storage
 from avzero.errors import UserError
 from avzero.report.parity import SCORES, Ours
-from avzero.report.table import sweep_names
+from avzero.report.records import sweep_names
 
 Record = Mapping[str, Any]
 
