@@ -139,7 +139,7 @@ def best_of_k(lines: Sequence[Line]) -> Chart:
     """Return the chart of the best VAL HM after k trials."""
     highest = max(p[1] for line in lines for p in line.points)
     lowest = min(p[1] for line in lines for p in line.points)
-    most = max(2.0, max(p[0] for line in lines for p in line.points))
+    most = max([2.0, *(p[0] for line in lines for p in line.points)])
     ticks = _nice(max(0.0, lowest - 0.1 * (highest - lowest)), highest or 1.0, 5)
     axes = _Axes((1, most), (ticks[0], max(ticks[-1], highest)))
     return Chart(

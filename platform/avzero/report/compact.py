@@ -117,7 +117,8 @@ def _problem(key: str, error: Exception) -> str:
 def _kept(storage: Storage, target: str, schema: pa.Schema) -> pa.Table | None:
     """Return the table as it was last written; None where it is absent, damaged or another's."""
     try:
-        table = pq.read_table(io.BytesIO(storage.read(target)))
+        # One thread: reading takes milliseconds, and threads may outlive a short command.
+        table = pq.ParquetFile(io.BytesIO(storage.read(target))).read(use_threads=False)
     except (KeyError, OSError, pa.ArrowException):
         return None
     return table if table.schema.equals(schema, check_metadata=True) else None

@@ -21,8 +21,9 @@ from rich.table import Table
 from avzero.canon import ID_LENGTH
 from avzero.data.storage import Storage
 from avzero.errors import UserError
-from avzero.report.records import SCORES, Records
+from avzero.report.records import SCORES, Records, class_names
 from avzero.report.rows import Row, rows_of
+from avzero.report.standing import standing
 from avzero.report.units import duration
 
 _CLASSES = 12
@@ -198,13 +199,15 @@ def _recalls(
     """Return the mean recall over seeds of every class, by name."""
     if not seeds:
         return {}
-    names = records.manifests.get(digest, {}).get("classes", {}).get("names", [])
+    names = class_names(records, digest)
     found = {}
     for at, (_, zsl) in seeds[0].items():
         values = [v for seed in seeds if (v := seed.get(at, (None, None))[0]) is not None]
         if values:
-            name = names[at] if at < len(names) else f"class {at}"
-            found[name] = ("seen" if zsl is None else "unseen", statistics.fmean(values))
+            found[names.get(at, f"class {at}")] = (
+                "seen" if zsl is None else "unseen",
+                statistics.fmean(values),
+            )
     return found
 
 
@@ -224,6 +227,8 @@ def comparison(sides: Sequence[Side]) -> Iterator[RenderableType]:
     else:
         yield "Settings: all the same."
     yield _table("Scores, percent", _with_difference(marks, sides), list(_scores(sides)))
+    if len({side.ground for side in sides}) == 1 and sides[0].kind == "TEST":
+        yield standing({side.title: side.scores["HM"] for side in sides}).sentence
     classes = list(_classes(sides))
     if classes:
         title = f"{sides[0].kind} recalls that differ most, percent"
@@ -268,7 +273,7 @@ def _scores(sides: Sequence[Side]) -> Iterator[list[str]]:
         if _comparable(sides):
             a, b = values
             cells.append(f"{statistics.fmean(b) - statistics.fmean(a):+.2f}" if a and b else "")
-        yield [name, *cells]
+        yield ["beta (a distance)" if name == "beta" else name, *cells]
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""The report as one page: everything in it, nothing asked for, the same bytes from the same records.
+"""The report as one page: everything is in it, it asks for nothing, same records give same bytes.
 
 ``page.html.j2`` holds the words, ``page.css`` and ``page.js`` the rest; both are put into the page.
 Leaderboards, charts and details are plain HTML and SVG, so they are there without a script; the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -21,15 +22,15 @@ from avzero.report.mlflow_links import Links
 from avzero.report.parity import DEFAULT, Parity
 from avzero.report.parity_view import signed
 from avzero.report.published import SCORES, Reference, judged_rows, mixed_sources
-from avzero.report.records import Records
+from avzero.report.records import Records, class_names
 from avzero.report.rows import Row
-from avzero.report.statistics import Interval, Recalls, over_both, over_datasets
+from avzero.report.statistics import Interval, Recalls, over_classes, over_datasets, over_seeds
 from avzero.report.trials_data import trials_data
 from avzero.report.units import duration
 
 _STYLES = 16
 """Line styles the page has; further systems share them."""
-_BAR = 118
+_BAR = 96
 """Width of the small chart of HM per seed, in pixels."""
 
 
@@ -58,7 +59,7 @@ class RowView:
     cost_value: float
     dots: tuple[float, ...]
     mean_dot: float
-    interval: Interval | None
+    intervals: tuple[Interval, ...]
     detail: Mapping[str, Any]
 
 
@@ -90,8 +91,6 @@ class BoardView:
     board: Board
     blocks: tuple[BlockView, ...]
     published: tuple[PublishedView, ...]
-    scale: float
-    chance: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,6 @@ class _Maker:
             board,
             tuple(self._block(block, scale) for block in board.blocks),
             tuple(_published(reference, scale) for reference in board.published),
-            scale,
         )
 
     def _block(self, block: Block, scale: float) -> BlockView:
@@ -197,7 +195,7 @@ class _Maker:
         cells = [_cell(block, name, row, score) for score in SCORES]
         cost, value = _cost(row)
         self._keep_recalls(id_, row)
-        interval = _interval(row)
+
         return RowView(
             row,
             id_,
@@ -208,7 +206,7 @@ class _Maker:
             value,
             tuple(round(_BAR * v / scale, 1) for v in row.scores["HM"]),
             round(_BAR * row.mean("HM") / scale, 1),
-            interval,
+            _intervals(row),
             self._detail(row),
         )
 
@@ -243,12 +241,12 @@ class _Maker:
         if not recorded:
             return
         first = recorded[0]
-        names = self._records.manifests.get(row.digest, {}).get("classes", {}).get("names", [])
+        names = class_names(self._records, row.digest)
         key = row.digest[:ID_LENGTH]
         self._classes.setdefault(
             key,
             [
-                [names[i] if i < len(names) else f"class {i}", int(z is not None), n]
+                [names.get(i, f"class {i}"), int(z is not None), n]
                 for i, z, n in zip(first["class_id"], first["zsl"], first["count"], strict=True)
             ],
         )
@@ -279,22 +277,21 @@ def _cost(row: Row) -> tuple[str, float]:
     return (f"{gpu:.2f} GPU-h", gpu) if gpu else (f"{core:.2f} core-h", core)
 
 
-def _interval(row: Row) -> Interval | None:
-    """Return the interval of HM over classes and seeds, where recalls were kept."""
-    if not all(record["recall"] for record in row.records):
-        return None
-    tables = {
-        record["seed"]: {
-            "class_id": record["class_id"],
-            "recall": [None if v is None else v / 100 for v in record["recall"]],
-            "zsl": [None if v is None else v / 100 for v in record["zsl"]],
+def _intervals(row: Row) -> tuple[Interval, ...]:
+    """Return the intervals of HM over classes (where recalls were kept) and over seeds."""
+    found = [over_seeds(row.scores["HM"])]
+    if all(record["recall"] for record in row.records):
+        tables = {
+            record["seed"]: {
+                "class_id": record["class_id"],
+                "recall": [None if v is None else v / 100 for v in record["recall"]],
+                "zsl": [None if v is None else v / 100 for v in record["zsl"]],
+            }
+            for record in row.records
         }
-        for record in row.records
-    }
-    try:
-        return over_both(Recalls.of(tables))
-    except ValueError:  # seeds were scored on different classes
-        return None
+        with suppress(ValueError):  # seeds were scored on different classes
+            found.insert(0, over_classes(Recalls.of(tables)))
+    return tuple(interval for interval in found if interval.low is not None)
 
 
 def _states(row: Row) -> str:

@@ -25,6 +25,8 @@ SCORES = ("S", "U", "HM", "ZSL")
 MODALITIES = ("audio", "video")
 """Withheld in turn at TEST; columns ``audio_HM`` and so on are what is left with one alone."""
 _TEXT, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_INTS, _FLOATS = (pa.list_(pa.field("element", kind)) for kind in (_INT, _FLOAT))
+"""Their entries have the name Parquet gives them, so that a table read back has the same schema."""
 _WHERE = {
     "sweep": _TEXT,
     "group": _TEXT,
@@ -61,9 +63,15 @@ RESULTS = pa.schema(
     | {f"val_{name}": _FLOAT for name in SCORES}
     | {f"{m}_{name}": _FLOAT for m in MODALITIES for name in (*SCORES, "beta")}
     | {"S_source_disjoint": _FLOAT, "extra": _TEXT, "parameters": _INT, "seconds": _FLOAT}
-    | {"class_id": pa.list_(_INT), "count": pa.list_(_INT)}
-    | {"recall": pa.list_(_FLOAT), "zsl": pa.list_(_FLOAT)}
-    | {f"curve_{name}": pa.list_(_FLOAT) for name in ("beta", "S", "U")}
+    | {
+        "class_id": _INTS,
+        "count": _INTS,
+    }
+    | {
+        "recall": _FLOATS,
+        "zsl": _FLOATS,
+    }
+    | {f"curve_{name}": _FLOATS for name in ("beta", "S", "U")}
     | _KEPT,
     metadata=_META,
 )
@@ -153,6 +161,58 @@ def load(storage: Storage, sweeps: Sequence[str] = ()) -> Records:
 def refresh(storage: Storage, sweep: str) -> None:
     """Bring a sweep's tables up to date; whoever ends a sweep or a test calls this."""
     load(storage, [sweep])
+
+
+def current(records: Records) -> pa.Array:
+    """Return, for every result, whether it is of its search's present winner."""
+    winners = {
+        (sweep.name, group): frozen.get("trial")
+        for sweep in records.sweeps
+        for group, frozen in sweep.frozen.items()
+    }
+    columns = (records.results[name].to_pylist() for name in ("sweep", "group", "winner"))
+    return pa.array(
+        [winners.get((s, g)) == winner for s, g, winner in zip(*columns, strict=True)], pa.bool_()
+    )
+
+
+def recall_table(records: Records) -> pa.Table:
+    """Return a row per class and seed."""
+    shared = ("sweep", "group", "benchmark", "digest", "model", "text", "preset", "seed", "run")
+    rows = []
+    for result in records.results.to_pylist():
+        names = class_names(records, result["digest"])
+        lists = (result[name] for name in ("class_id", "count", "recall", "zsl"))
+        for at, count, recall, zsl in zip(*lists, strict=True):
+            rows.append(
+                {name: result[name] for name in shared}
+                | {"class_id": at, "class": names.get(at, ""), "unseen": zsl is not None}
+                | {"count": count, "recall": recall, "zsl": zsl}
+            )
+    types = dict.fromkeys(shared, _TEXT) | {"seed": _INT, "class_id": _INT, "class": _TEXT}
+    types |= {"unseen": _BOOL, "count": _INT, "recall": _FLOAT, "zsl": _FLOAT}
+    return pa.Table.from_pylist(rows, schema=pa.schema(types, metadata={"unit": "percent"}))
+
+
+def class_names(records: Records, digest: str) -> dict[int, str]:
+    """Return a benchmark's class names by id; empty where the benchmark is gone from the store."""
+    return dict(enumerate(records.manifests.get(digest, {}).get("classes", {}).get("names", [])))
+
+
+def published_table() -> pa.Table:
+    """Return published rows, every source on its own."""
+    from avzero.report.published import judged_rows
+
+    words = ("system", "variant", "model", "venue", "dataset", "feature_set", "claimed", "source")
+    types = dict.fromkeys(words, _TEXT) | {"year": _INT} | dict.fromkeys(SCORES, _FLOAT)
+    types |= {"verified": _BOOL, "verdict": _TEXT, "findings": _TEXT}
+    rows = [
+        {name: getattr(one.row, name) for name in (*words, "year", "verified")}
+        | dict(one.row.scores)
+        | {"verdict": one.verdict, "findings": one.text()}
+        for one in judged_rows()
+    ]
+    return pa.Table.from_pylist(rows, schema=pa.schema(types, metadata={"unit": "percent"}))
 
 
 def _json(storage: Storage, keys: Iterable[str], problems: list[str]) -> list[dict[str, Any]]:
