@@ -147,7 +147,11 @@ def test_notebook_functions(store: Path) -> None:
         report.recalls("real", store=place)["unseen"]
     )
     assert set(unseen["class"].to_pylist()) == {f"class {i:02d}" for i in range(8, 12)}
-    assert set(report.published_results()["dataset"].to_pylist()) == {"UCF", "VGGSound", "ActivityNet"}
+    assert set(report.published_results()["dataset"].to_pylist()) == {
+        "UCF",
+        "VGGSound",
+        "ActivityNet",
+    }
     with pytest.raises(UserError, match="no sweep 'x'; there is real, sim"):
         report.trials("x", store=place)
 
