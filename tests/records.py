@@ -46,7 +46,7 @@ class Sweep:
         name: of the sweep.
         benchmarks: name -> (dataset, feature set); ``name:text`` has the text set as in jobs.
         models: systems.
-        changes: of the job.
+        changes: of the job; also ``simulated``, and ``knobs``: further hyperparameters.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Sweep:
     ) -> None:
         self.store = store
         self.simulated = bool(changes.pop("simulated", True))
+        self.knobs = int(changes.pop("knobs", 0))
         listed = {"name": name, "benchmarks": list(benchmarks), "models": list(models)}
         self.job = Job.model_validate(listed | changes)
         self.random = np.random.default_rng(len(name))
@@ -101,6 +102,7 @@ class Sweep:
         hm = float(level * self.random.beta(6, 2))
         pruned = number % 3 == 2
         values = {"lr": float(10 ** self.random.uniform(-4, -2)), "batch_size": 64 + number % 3}
+        values |= {f"weight_{i}": float(v) for i, v in enumerate(self.random.random(self.knobs))}
         record = {
             **{k: group[k] for k in ("benchmark", "digest", "model")},
             "number": number,

@@ -186,7 +186,7 @@ def test_every_cell_leads_to_its_runs(opened: Any) -> None:
         "kda on ucf-main",
         "text clip",
         "42, 43, 44",
-        "0123456789abcdef",
+        REVISION,
         "opened 3 times",
     ):
         assert part in detail

@@ -345,7 +345,7 @@ def test_command(
     """Freeze a sweep's winner, train stage 2, and look at TEST once."""
     from avzero.cluster.connect import ray_cluster
     from avzero.data.store import FeatureStore
-    from avzero.report.boards import notices
+    from avzero.report.boards import boards, notices
     from avzero.report.records import load
     from avzero.report.rows import rows_of
     from avzero.report.spent import comparison
@@ -370,8 +370,9 @@ def test_command(
             raise typer.Exit(130) from None
     records = load(run.store.storage, [job.name])
     rows = rows_of(records)
-    console.print(render(rows, console.width))
-    for line in (*verdicts(rows), *comparison(run.store.storage, [job.name])):
+    tables = boards(rows, ())
+    console.print(render(tables, console.width))
+    for line in (*verdicts(tables), *comparison(run.store.storage, [job.name])):
         console.print(line)
     for line in notices(records, rows):
         console.print(f"Note: {line}")

@@ -1,7 +1,8 @@
 """Reports: records in the store become tables, pages and progress displays.
 
-For notebooks, ``from avzero.report import trials, results, recalls, published_results``: each returns an
-Arrow table (``.to_pandas()``), scores in percent. Columns: ``records.TRIALS``, ``records.RESULTS``.
+For notebooks, ``from avzero.report import trials, results, recalls, published_results``: each
+returns an Arrow table (``.to_pandas()``), scores in percent; ``report.records`` says what its
+columns mean.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from avzero.canon import ID_LENGTH
 from avzero.report.published import Reference, base_features, references
-from avzero.report.records import SCORES, Records, SweepFacts
+from avzero.report.records import Records, SweepFacts
 from avzero.report.rows import Row, departures, rows_of
 from avzero.report.standing import Standing, standing
 
@@ -52,16 +52,14 @@ class Block:
 
     def standing(self, score: str) -> Standing:
         """Return which rows can be told apart in a score."""
+        if score not in self._standings:  # a test for every pair takes a while
+            values = {n: r.scores[score] for n, r in zip(self.names, self.rows, strict=True)}
+            self._standings[score] = standing(values, score)
         return self._standings[score]
 
     @functools.cached_property
     def _standings(self) -> dict[str, Standing]:
-        return {
-            score: standing(
-                {n: row.scores[score] for n, row in zip(self.names, self.rows, strict=True)}, score
-            )
-            for score in SCORES
-        }
+        return {}
 
     def best(self, score: str) -> tuple[str, ...]:
         """Return the names of the best row and of all that cannot be told apart from it."""

@@ -61,8 +61,8 @@ def report(
         return
     console = terminal()
     if rows:
-        console.print(render(rows, console.width))
-    for line in (*verdicts(rows), *comparison(storage, [s.name for s in records.sweeps])):
+        console.print(render(tables, console.width))
+    for line in (*verdicts(tables), *comparison(storage, [s.name for s in records.sweeps])):
         console.print(line)
     for line in told:
         console.print(f"Note: {line}")

@@ -7,17 +7,18 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from avzero.report.boards import boards
+from avzero.report.boards import Board
 from avzero.report.records import SCORES
-from avzero.report.rows import DISJOINT, Row
+from avzero.report.rows import DISJOINT
 
 
-def render(rows: Sequence[Row], width: int) -> Table:
-    """Return the leaderboard for a terminal of a width; percent, mean ± std over seeds.
+def render(boards: Sequence[Board], width: int) -> Table:
+    """Return leaderboards for a terminal of a width; percent, mean ± std over seeds.
 
     Lines part what must not be compared: other benchmarks, contents and protocols.
     """
     wide = width >= 150
+    rows = [row for board in boards for row in board.rows]
     texts = wide or len({row.text for row in rows}) > 1
     digits = 2 if wide else 1
     disjoint = wide and any(DISJOINT in row.scores for row in rows)
@@ -27,7 +28,7 @@ def render(rows: Sequence[Row], width: int) -> Table:
     extra = ("AUSUC", *((DISJOINT,) if disjoint else ()), "beta", "VAL HM") if wide else ()
     for name in ("place", "seeds", *SCORES, *extra):
         table.add_column(name, justify="right", no_wrap=True)
-    for board in boards(rows, ()):
+    for board in boards:
         for block in board.blocks:
             table.add_section()
             for name, row in zip(block.names, block.rows, strict=True):
@@ -49,9 +50,9 @@ def render(rows: Sequence[Row], width: int) -> Table:
     return table
 
 
-def verdicts(rows: Sequence[Row]) -> Iterator[str]:
+def verdicts(boards: Sequence[Board]) -> Iterator[str]:
     """Yield, for everything that may be ranked, what can be said of the order by HM."""
-    for board in boards(rows, ()):
+    for board in boards:
         for block in board.blocks:
             if len(block.rows) > 1:
                 yield f"{board.title}, {block.title}: {block.standing('HM').sentence}"
