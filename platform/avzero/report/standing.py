@@ -119,7 +119,8 @@ def _sentence(
         )
     head = f"{best} has the highest mean {score} ({means[best]:.2f})"
     if len(equals) == 1:
-        return f"{head} and is separated from all {len(order) - 1} others ({rule})."
+        rest = order[1] if len(order) == 2 else f"all {len(order) - 1} others"
+        return f"{head} and is separated from {rest} ({rule})."
     others = [name for name in equals if name != best]
     text = (
         f"{head}, but {_listed(others)} cannot be separated from it ({rule})"
