@@ -119,7 +119,7 @@ def _sentence(
         )
     head = f"{best} has the highest mean {score} ({means[best]:.2f})"
     if len(equals) == 1:
-        rest = order[1] if len(order) == 2 else f"all {len(order) - 1} others"
+        rest = order[1] if len(order) == 2 else "every other system"
         return f"{head} and is separated from {rest} ({rule})."
     others = [name for name in equals if name != best]
     text = (
