@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avzero.errors import UserError
@@ -131,6 +131,7 @@ def test_a_result_printed_by_several_sources_is_one_reference() -> None:
     assert avca.judged.text("unverified") == "S and U are quoted from memory"
 
 
+@settings(deadline=None)
 @given(percents, percents)
 def test_hm_of_any_numbers_that_round_to_the_printed_ones_is_accepted(
     seen: float, unseen: float

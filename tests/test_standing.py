@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avzero.report.standing import groups_of_equals, standing
+from avzero.report.standing import groups_of_equals, ranking_lines, standing
+from avzero.report.statistics import over_datasets
 
 values = st.lists(st.floats(0, 100).map(lambda v: round(v, 2)), min_size=1, max_size=4)
 boards = st.dictionaries(st.sampled_from("abcdef"), values, min_size=1, max_size=6)
@@ -33,6 +34,7 @@ def test_properties(board: dict[str, list[float]], random: object) -> None:
             assert (first, last) == (1, len(board))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=5))
 def test_identical_systems_share_a_place(seeds: list[float]) -> None:
     ours = standing({"a": seeds, "b": list(seeds), "c": [0.0, 0.0]})
@@ -80,3 +82,16 @@ def test_groups_may_overlap() -> None:
     assert groups == (("a", "b"), ("b", "c"), ("c", "d"))
     assert groups_of_equals("abc", lambda one, other: False) == (("a", "b", "c"),)
     assert groups_of_equals("", lambda one, other: False) == ()
+
+
+def test_a_ranking_in_words() -> None:
+    many = {f"d{i}": float(i) for i in range(8)}
+    board = {name: {d: v + 10 * i for d, v in many.items()} for i, name in enumerate("cba")}
+    lines = ranking_lines(over_datasets(board))
+    assert lines[0].endswith(": a 1.00, b 2.00, c 3.00.")
+    assert lines[1] == "Friedman's test that all are alike: p = 0.00034."
+    assert lines[3].endswith("Holm's correction): a before b; a before c; b before c.")
+    few = ranking_lines(over_datasets({name: {"x": row["d0"]} for name, row in board.items()}))
+    assert few[1].endswith("no two systems.") and few[2].startswith("1 benchmark: too few")
+    nothing = ranking_lines(over_datasets({"a": {"x": 1.0}, "b": {"y": 1.0}}))
+    assert nothing[0] == "No two systems share a benchmark: nothing to rank."

@@ -75,6 +75,7 @@ def test_intervals_hold_the_score_whatever_the_order(data: dict, random: object)
         assert (same.estimate, same.low, same.high) == (0, 0, 0)
 
 
+@settings(deadline=None)
 @given(st.lists(percents, min_size=2, max_size=6), st.randoms(use_true_random=False))
 def test_seeds(values: list[float], random: object) -> None:
     interval = over_seeds(values)
@@ -136,6 +137,7 @@ def test_classes_like_scipy() -> None:
     assert interval.high - interval.low == pytest.approx(t.high - t.low, rel=0.2)  # type: ignore[operator]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.randoms(use_true_random=False))
 def test_holm(p: list[float], random: object) -> None:
     corrected = holm(p)
@@ -156,6 +158,7 @@ def test_holm_like_statsmodels() -> None:
             assert holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1].tolist())
 
 
+@settings(deadline=None)
 @given(st.lists(percents, min_size=1, max_size=7))
 def test_nothing_separates_a_system_from_itself(values: list[float]) -> None:
     assert welch(values, values) == paired_t(values, values) == wilcoxon(values, values) == 1
