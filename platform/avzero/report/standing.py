@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from avzero.report.statistics import LEVEL, holm, welch
+from avzero.report.statistics import LEVEL, Ranking, holm, welch
 
 Values = Mapping[str, Sequence[float]]
 """{system: one value per seed, percent}; names are unique in a leaderboard."""
@@ -119,7 +119,8 @@ def _sentence(
         )
     head = f"{best} has the highest mean {score} ({means[best]:.2f})"
     if len(equals) == 1:
-        return f"{head} and is separated from all {len(order) - 1} others ({rule})."
+        rest = order[1] if len(order) == 2 else "every other system"
+        return f"{head} and is separated from {rest} ({rule})."
     others = [name for name in equals if name != best]
     text = (
         f"{head}, but {_listed(others)} cannot be separated from it ({rule})"
@@ -133,3 +134,23 @@ def _sentence(
 def _listed(names: Sequence[str]) -> str:
     """Return names as people list them."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def ranking_lines(ranking: Ranking, level: float = LEVEL) -> list[str]:
+    """Return what a ranking over benchmarks says, and what it cannot say, in sentences."""
+    if len(ranking.systems) < 2 or not ranking.datasets:
+        return ["No two systems share a benchmark: nothing to rank.", *ranking.notes]
+    ranks = ", ".join(f"{name} {ranking.average_rank[name]:.2f}" for name in ranking.systems)
+    lines = [f"Average rank over {', '.join(ranking.datasets)}: {ranks}."]
+    if ranking.friedman is not None:
+        lines.append(f"Friedman's test that all are alike: p = {ranking.friedman:.2g}.")
+    if ranking.critical_difference is not None:
+        lines.append(
+            f"Average ranks closer than {ranking.critical_difference:.2f} are not told apart "
+            f"(Nemenyi, {100 * level:.0f} %)."
+        )
+    apart = [pair for pair in ranking.pairs if ranking.separated(*pair, level)]
+    told = "; ".join(f"{one} before {other}" for one, other in apart)
+    rule = "Wilcoxon's test over benchmarks, Holm's correction"
+    lines.append(f"Told apart ({rule}): {told or 'no two systems'}.")
+    return [*lines, *ranking.notes]
