@@ -103,19 +103,20 @@ class Board:
 
 
 def boards(rows: Sequence[Row], published: Sequence[Reference] | None = None) -> list[Board]:
-    """Return rows as boards: ours first, then what is published where there is nothing of ours.
+    """Return rows as boards: real data, simulated data, what is published and nothing of ours.
 
     Args:
         rows: of ``rows.leaderboard``.
         published: rows to set beside them; all that are known.
     """
     printed = references() if published is None else published
-    grounds: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    grounds: dict[tuple[bool, str, str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        board = grounds.setdefault((row.benchmark, row.digest, row.feature_set), {})
+        key = (row.simulated, row.benchmark, row.digest, row.feature_set)
+        board = grounds.setdefault(key, {})
         board.setdefault(row.ground[1], []).append(row)
     made, used = [], set()
-    for _, protocols in sorted(grounds.items()):
+    for protocols in (grounds[key] for key in sorted(grounds)):
         blocks = [Block(tuple(sorted(b, key=lambda r: -r.mean("HM")))) for b in protocols.values()]
         blocks.sort(key=lambda block: (block.preset != "paper", block.text, block.title))
         first = blocks[0].rows[0]
@@ -145,6 +146,11 @@ def notices(records: Records, rows: Sequence[Row] | None = None) -> list[str]:
     found = list(records.problems)
     for sweep in records.sweeps:
         found += _unfinished(records, sweep)
+    ends = [f"{row.sweep}/{row.group}" for row in rows if row.at_grid_end]
+    if ends:
+        found.append(
+            f"Beta lies at an end of its grid in {_listed(ends)}; widen protocol.beta_grid there."
+        )
     for row in rows:
         found += _of_row(row)
     digests: dict[str, set[str]] = {}
@@ -207,8 +213,6 @@ def _count(groups: Sequence[str], sweeps: Sequence[str], sweep: SweepFacts) -> d
 def _of_row(row: Row) -> Iterator[str]:
     """Yield what a reader of a row must know."""
     where = f"Sweep {row.sweep}, {row.group}"
-    if row.at_grid_end:
-        yield f"{where}: beta lies at an end of its grid; widen protocol.beta_grid."
     if row.openings > len(row.seeds):
         yield (
             f"{where}: TEST has been opened {row.openings} times, {len(row.seeds)} of them for "

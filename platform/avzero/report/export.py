@@ -168,7 +168,9 @@ def _table(board: Board) -> str:
         r"\centering",
         f"\\caption{{{_caption(board)}}}",
         f"\\label{{tab:{re.sub(r'[^A-Za-z0-9-]', '-', board.anchor)}}}",
-        r"\begin{tabular}{llrrrr}",
+        r"\footnotesize",
+        r"\setlength{\tabcolsep}{4pt}",
+        r"\begin{tabular}{lp{2.3cm}rrrr}",
         r"\toprule",
         r"System & Source & S & U & HM & ZSL \\",
     ]
@@ -199,7 +201,7 @@ def _caption(board: Board) -> str:
 def _our_line(block: Block, place: int) -> str:
     """Return a row of ours."""
     row, name = block.rows[place], block.names[place]
-    cells = [escaped(row.model), escaped(f"{row.sweep}, {_seeds(row)}")]
+    cells = [escaped(name), _seeds(row)]
     for score in SCORES:
         best, cell = block.best(score), escaped(row.cell(score))
         if name not in best or len(block.rows) == 1:

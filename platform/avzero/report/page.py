@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -24,6 +24,7 @@ from avzero.report.parity_view import signed
 from avzero.report.published import SCORES, Reference, judged_rows, mixed_sources
 from avzero.report.records import Records, class_names
 from avzero.report.rows import Row
+from avzero.report.standing import ranking_lines
 from avzero.report.statistics import Interval, Recalls, over_classes, over_datasets, over_seeds
 from avzero.report.trials_data import trials_data
 from avzero.report.units import duration
@@ -101,7 +102,6 @@ class RankingView:
     rows: tuple[tuple[str, str], ...]
     datasets: tuple[str, ...]
     notes: tuple[str, ...]
-    facts: tuple[str, ...] = field(default=())
 
 
 def page(
@@ -220,7 +220,7 @@ class _Maker:
                 {
                     "record": record,
                     "run": self._links.run(row.benchmark, record["mlflow"]),
-                    "took": duration(record["seconds"]),
+                    "took": _took(record["seconds"]),
                 }
                 for record in row.records
             ],
@@ -272,9 +272,16 @@ def _cost(row: Row) -> tuple[str, float]:
     """Return core- or GPU-hours of search and stage 2 together, as text and as a number."""
     if row.cost is None:
         return "", 0.0
-    gpu = row.cost.search_gpu_hours + row.cost.final_gpu_hours
-    core = row.cost.search_core_hours + row.cost.final_core_hours
-    return (f"{gpu:.2f} GPU-h", gpu) if gpu else (f"{core:.2f} core-h", core)
+    cost = row.cost
+    hours, unit = cost.search_gpu_hours + cost.final_gpu_hours, "GPU"
+    if not hours:
+        hours, unit = cost.search_core_hours + cost.final_core_hours, "core"
+    return (f"{hours:.2f} {unit}-h" if hours >= 0.1 else f"{60 * hours:.2f} {unit}-min"), hours
+
+
+def _took(seconds: float) -> str:
+    """Return a time that may be short."""
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def _intervals(row: Row) -> tuple[Interval, ...]:
@@ -395,22 +402,11 @@ def _rankings(tables: Sequence[Board]) -> Iterator[RankingView]:
         }
         if len(scores) > 1 and len({key for place in scores.values() for key in place}) > 1:
             ranking = over_datasets(scores)
-            facts = []
-            if ranking.friedman is not None:
-                facts.append(
-                    f"Friedman's test that all systems are alike: p = {ranking.friedman:.3g}."
-                )
-            if ranking.critical_difference is not None:
-                facts.append(
-                    "Average ranks closer than the critical difference "
-                    f"{ranking.critical_difference:.2f} (Nemenyi, 95 %) are not told apart."
-                )
             yield RankingView(
                 "Simulated data" if simulated else "Real data",
                 tuple((s, f"{ranking.average_rank[s]:.2f}") for s in ranking.systems),
                 ranking.datasets,
-                ranking.notes,
-                tuple(facts),
+                tuple(ranking_lines(ranking)[1:]),  # the first is the table
             )
 
 
