@@ -157,7 +157,7 @@ def test_filters(opened: Any) -> None:
     assert lines and all(key.endswith("--kda") for key in lines)
     assert {cells.split("\t")[2] for cells in texts(opened, "#trial-table tbody tr")} == {"kda"}
     choose(opened, "text", "clip")
-    assert systems(opened, "ucf-main-c") == ["kda"] and len(texts(opened, ".board h2")) == 1
+    assert systems(opened, "ucf-main-c") == ["kda"] and len(texts(opened, ".board > .title")) == 1
     choose(opened, "features", "cls")
     assert texts(opened, "tr.row") == [] and texts(opened, "#nothing")
     click(opened, "button[type=reset]")

@@ -41,6 +41,8 @@
       }
       board.hidden = !any;
     }
+    const part = document.getElementById("published");
+    if (part) part.hidden = !all(".board.alone").some((board) => !board.hidden);
     document.getElementById("count").textContent = `${shown} of ${total} rows`;
     document.getElementById("nothing").hidden = shown > 0;
     chosen = null;
@@ -86,7 +88,8 @@
       if (!button) return;
       const sign = mark(button);
       const head = button.closest("th");
-      const column = [...head.parentElement.cells].indexOf(head);
+      const before = [...head.parentElement.cells].slice(0, head.cellIndex);
+      const column = before.reduce((sum, cell) => sum + cell.colSpan, 0);
       const numeric = head.classList.contains("num");
       for (const body of table.tBodies) {
         const keyed = all("tr.row", body).map((row) => [valueAt(row, column, numeric), row]);

@@ -25,7 +25,14 @@ from avzero.report.published import SCORES, Reference, judged_rows, mixed_source
 from avzero.report.records import Records, class_names
 from avzero.report.rows import Row
 from avzero.report.standing import ranking_lines
-from avzero.report.statistics import Interval, Recalls, over_classes, over_datasets, over_seeds
+from avzero.report.statistics import (
+    Interval,
+    Ranking,
+    Recalls,
+    over_classes,
+    over_datasets,
+    over_seeds,
+)
 from avzero.report.trials_data import trials_data
 from avzero.report.units import duration
 
@@ -406,8 +413,16 @@ def _rankings(tables: Sequence[Board]) -> Iterator[RankingView]:
                 "Simulated data" if simulated else "Real data",
                 tuple((s, f"{ranking.average_rank[s]:.2f}") for s in ranking.systems),
                 ranking.datasets,
-                tuple(ranking_lines(ranking)[1:]),  # the first is the table
+                _about(ranking),
             )
+
+
+def _about(ranking: Ranking) -> tuple[str, ...]:
+    """Return what a ranking says beside its table, which is the first of its sentences."""
+    lines = ranking_lines(ranking)[1:]
+    if len({name.partition(", text ")[0] for name in ranking.datasets}) < len(ranking.datasets):
+        lines.append("Text sets of one benchmark share its samples: they are no independent tests.")
+    return tuple(lines)
 
 
 def _summary(records: Records, tables: Sequence[Board]) -> dict[str, Any]:
