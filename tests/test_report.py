@@ -261,11 +261,18 @@ def test_latex(store: Path) -> None:
     assert "published, single runs" in text
     for board in tables:
         for block in board.blocks:
-            best = block.best("HM")
-            row = block.rows[block.names.index(best[0])]
-            cell = escaped(row.cell("HM"))
-            assert (f"\\textbf{{{cell}}}" in text) == (len(best) == 1)
-            assert (f"\\underline{{{cell}}}" in text) == (len(best) > 1)
+            marks = [block.mark(place, "HM") for place in range(len(block.rows))]
+            assert marks[0] == ("best" if marks.count("") == len(marks) - 1 else "tied")
+            cell = escaped(block.rows[0].cell("HM"))
+            assert (f"\\textbf{{{cell}}}" in text) == (marks[0] == "best")
+            assert (f"\\underline{{{cell}}}" in text) == (marks[0] == "tied")
+
+
+def test_one_seed_is_never_marked(tmp_path: Path) -> None:
+    Sweep(tmp_path, "one", SIM, ["avca", "kda"], search={"trials": 4}).run().test()
+    tables = boards(rows_of(read(tmp_path)), ())
+    assert {b.mark(i, "HM") for t in tables for b in t.blocks for i in range(2)} == {""}
+    assert "textbf" not in to_latex(tables) and "underline{" not in to_latex(tables)
 
 
 def test_latex_escapes_everything() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from avzero.canon import ID_LENGTH
 from avzero.report.published import Reference, base_features, references
@@ -61,9 +62,16 @@ class Block:
     def _standings(self) -> dict[str, Standing]:
         return {}
 
-    def best(self, score: str) -> tuple[str, ...]:
-        """Return the names of the best row and of all that cannot be told apart from it."""
-        return self.standing(score).equals
+    def mark(self, place: int, score: str) -> Literal["", "best", "tied"]:
+        """Return how a row stands in a score: told apart from all others as their best, or not
+        told apart from the best. One seed tells nothing, so a row of one is not marked."""
+        equals = self.standing(score).equals
+        top = self.rows[self.names.index(equals[0])]
+        if self.names[place] not in equals or len(self.rows) == 1:
+            return ""
+        if min(len(top.seeds), len(self.rows[place].seeds)) == 1:
+            return ""
+        return "best" if len(equals) == 1 else "tied"
 
 
 @dataclass(frozen=True)

@@ -203,11 +203,9 @@ def _our_line(block: Block, place: int) -> str:
     row, name = block.rows[place], block.names[place]
     cells = [escaped(name), _seeds(row)]
     for score in SCORES:
-        best, cell = block.best(score), escaped(row.cell(score))
-        if name not in best or len(block.rows) == 1:
-            cells.append(cell)
-        else:
-            cells.append(f"\\{'textbf' if len(best) == 1 else 'underline'}{{{cell}}}")
+        cell, mark = escaped(row.cell(score)), block.mark(place, score)
+        command = {"best": "textbf", "tied": "underline"}.get(mark)
+        cells.append(f"\\{command}{{{cell}}}" if command else cell)
     return " & ".join(cells) + r" \\"
 
 

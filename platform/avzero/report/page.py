@@ -188,18 +188,19 @@ class _Maker:
         )
 
     def _block(self, block: Block, scale: float) -> BlockView:
-        rows = tuple(
-            self._row(block, name, row, scale)
-            for name, row in zip(block.names, block.rows, strict=True)
-        )
+        rows = tuple(self._row(block, place, scale) for place in range(len(block.rows)))
         charts = [seen_unseen(lines) for lines in [list(_curves(rows))] if lines]
         charts += [best_of_k(lines) for lines in [list(_progress(rows))] if lines]
         sentence = block.standing("HM").sentence
         return BlockView(block, rows, sentence, tuple(charts))
 
-    def _row(self, block: Block, name: str, row: Row, scale: float) -> RowView:
+    def _row(self, block: Block, at: int, scale: float) -> RowView:
+        row = block.rows[at]
         id_ = re.sub(r"\s", "_", f"{row.sweep}/{row.group}")
-        cells = [_cell(block, name, row, score) for score in SCORES]
+        cells = [
+            Cell(score, row.mean(score), *_parts(row, score), block.mark(at, score))
+            for score in SCORES
+        ]
         cost, value = _cost(row)
         self._keep_recalls(id_, row)
 
@@ -207,7 +208,7 @@ class _Maker:
             row,
             id_,
             self._styles[row.model],
-            block.standing("HM").place(name).replace("-", "\u2013"),
+            block.standing("HM").place(block.names[at]).replace("-", "\u2013"),
             (*cells, Cell("AUSUC", row.mean("AUSUC"), *_parts(row, "AUSUC"))),
             cost,
             value,
@@ -260,13 +261,6 @@ class _Maker:
         columns = zip(*(record["recall"] for record in recorded), strict=True)
         means = [round(10 * sum(v or 0.0 for v in values) / len(values)) for values in columns]
         self._recalls[id_] = [key, means]
-
-
-def _cell(block: Block, name: str, row: Row, score: str) -> Cell:
-    """Return a score, and whether it is the best of its block."""
-    best = block.best(score)
-    mark = "" if len(block.rows) == 1 or name not in best else "tied" if len(best) > 1 else "best"
-    return Cell(score, row.mean(score), *_parts(row, score), mark)
 
 
 def _parts(row: Row, score: str) -> tuple[str, str]:
