@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from avzero import report
-from avzero.data.storage import LocalStorage
+from avzero.data.storage import LocalStorage, open_storage
 from avzero.errors import UserError
 from avzero.report import records as kept
 from avzero.report.boards import boards, notices
@@ -114,6 +114,18 @@ def test_a_store_that_cannot_be_written_is_read(
 
     monkeypatch.setattr(LocalStorage, "write", refuse)
     assert len(read(store).trials) == 48
+
+
+def test_records_on_s3(s3: str, store: Path) -> None:
+    local, remote = LocalStorage(store), open_storage(f"{s3}/report")
+    for key in local.keys(""):
+        if not key.endswith(".parquet"):
+            remote.write(key, local.read(key))
+    for _ in range(2):  # from the records, then from Parquet
+        there = load(remote)
+        assert there.trials.drop_columns(["mark"]).equals(load(local).trials.drop_columns(["mark"]))
+        assert len(there.results) == 24 and there.problems == ()
+    assert remote.size("sweeps/sim/records/trials.parquet")
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"number": 1}', "null"])
