@@ -117,7 +117,7 @@ def test_leaderboard(finished: tuple[Sweep, Recorder, Path]) -> None:
     assert row.seeds == (42, 43) and row.simulated
     assert row.mean("ZSL") > 12.5, "above chance with 8 unseen classes"
     console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
-    console.print(render(boards([row]), 160))
+    console.print(*render(boards([row], ()), 160), sep="\n")
     text = console.export_text()
     assert "avca" in text and "±" in text and f"{row.mean('HM'):.2f}" in text
     with pytest.raises(UserError, match=r"no sweep 'other'; there is .*tiny-sweep"):

@@ -349,7 +349,7 @@ def test_command(
     from avzero.report.records import load
     from avzero.report.rows import rows_of
     from avzero.report.spent import comparison
-    from avzero.report.table import render, verdicts
+    from avzero.report.table import render
     from avzero.tune.final import freeze, run_final
     from avzero.tune.sweep import Sweep
 
@@ -370,9 +370,9 @@ def test_command(
             raise typer.Exit(130) from None
     records = load(run.store.storage, [job.name])
     rows = rows_of(records)
-    tables = boards(rows, ())
-    console.print(render(tables, console.width))
-    for line in (*verdicts(tables), *comparison(run.store.storage, [job.name])):
+    for part in render(boards(rows, ()), console.width):
+        console.print(part)
+    for line in comparison(run.store.storage, [job.name]):
         console.print(line)
     for line in notices(records, rows):
         console.print(f"Note: {line}")

@@ -29,7 +29,7 @@ def report(
     from avzero.report.records import load
     from avzero.report.rows import rows_of
     from avzero.report.spent import comparison
-    from avzero.report.table import render, verdicts
+    from avzero.report.table import render
 
     storage = open_storage(store)
     records = load(storage, sweeps or [])
@@ -60,9 +60,9 @@ def report(
         typer.echo(to_json(tables, told))
         return
     console = terminal()
-    if rows:
-        console.print(render(tables, console.width))
-    for line in (*verdicts(tables), *comparison(storage, [s.name for s in records.sweeps])):
+    for part in render(tables, console.width) if rows else ():
+        console.print(part)
+    for line in comparison(storage, [sweep.name for sweep in records.sweeps]):
         console.print(line)
     for line in told:
         console.print(f"Note: {line}")

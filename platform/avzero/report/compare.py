@@ -26,8 +26,8 @@ from avzero.report.rows import Row, rows_of
 from avzero.report.standing import standing
 from avzero.report.units import duration
 
-_CLASSES = 12
-"""Classes shown: those whose recalls differ most."""
+_CLASSES = 8
+"""Classes shown, seen and unseen each: those whose recalls differ most."""
 _LEAST = 4
 """Digits an identity must have to be looked up by its head."""
 
@@ -294,12 +294,17 @@ def _classes(sides: Sequence[Side]) -> Iterator[list[str]]:
         values = [side.recalls[name][1] for side in sides]
         return max(values) - min(values)
 
-    for name in sorted(shared, key=lambda n: (-spread(n), n))[:_CLASSES]:
+    kinds = {name: sides[0].recalls[name][0] for name in shared}
+    order = sorted(shared, key=lambda name: (-spread(name), name))
+    for name in (
+        *[name for name in order if kinds[name] == "unseen"][:_CLASSES],
+        *[name for name in order if kinds[name] == "seen"][:_CLASSES],
+    ):
         values = [side.recalls[name][1] for side in sides]
         cells = [f"{value:.1f}" for value in values]
         if _comparable(sides):
             cells.append(f"{values[1] - values[0]:+.1f}")
-        yield [sides[0].recalls[name][0], name, *cells]
+        yield [kinds[name], name, *cells]
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

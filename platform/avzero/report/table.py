@@ -1,58 +1,72 @@
-"""The leaderboard of finished sweeps in a terminal, from the records in the store alone."""
+"""The leaderboards of finished sweeps in a terminal, from the records in the store alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avzero.report.boards import Board
+from avzero.report.boards import Block, Board
 from avzero.report.records import SCORES
 from avzero.report.rows import DISJOINT
 
+_WIDE = 120
+_STYLE = {"best": "bold", "tied": "underline", "": ""}
 
-def render(boards: Sequence[Board], width: int) -> Table:
-    """Return leaderboards for a terminal of a width; percent, mean ± std over seeds.
 
-    Lines part what must not be compared: other benchmarks, contents and protocols.
+def render(boards: Sequence[Board], width: int) -> list[RenderableType]:
+    """Return leaderboards for a terminal of a width: a table and a sentence per protocol.
+
+    Percent, mean ± std over seeds. What must not be compared stands in tables of its own.
     """
-    wide = width >= 150
     rows = [row for board in boards for row in board.rows]
-    texts = wide or len({row.text for row in rows}) > 1
-    digits = 2 if wide else 1
-    disjoint = wide and any(DISJOINT in row.scores for row in rows)
-    table = Table(title="TEST, percent (mean ± std over seeds)", title_justify="left")
-    for name in ("benchmark", "system", *(("text",) if texts else ()), "sweep"):
-        table.add_column(name, overflow="fold")
-    extra = ("AUSUC", *((DISJOINT,) if disjoint else ()), "beta", "VAL HM") if wide else ()
-    for name in ("place", "seeds", *SCORES, *extra):
-        table.add_column(name, justify="right", no_wrap=True)
+    wide = width >= _WIDE
+    asked = ("AUSUC", DISJOINT) if wide else ()
+    extra = tuple(name for name in asked if any(name in row.scores for row in rows))
+    # The same in all tables, so that columns stand below each other.
+    widths = tuple(
+        min(16, max((len(getattr(row, name)) for row in rows), default=0))
+        for name in ("model", "sweep")
+    )
+    parts: list[RenderableType] = [
+        "TEST, percent, mean ± std over seeds. Bold: told apart from all others; underlined: the "
+        "best and those not told apart from it. Place: where a system can stand by HM."
+    ]
     for board in boards:
         for block in board.blocks:
-            table.add_section()
-            for name, row in zip(block.names, block.rows, strict=True):
-                cells = [
-                    Text(row.cell(n, digits), style="bold" if n == "HM" else "") for n in SCORES
-                ]
-                more = [row.cell("AUSUC")] + ([row.cell(DISJOINT)] if disjoint else [])
-                more += [f"{row.beta:.3g}" + ("!" if row.at_grid_end else ""), f"{row.val_hm:.2f}"]
-                table.add_row(
-                    row.benchmark + (" (simulated)" if row.simulated else ""),
-                    row.system,
-                    *((row.text,) if texts else ()),
-                    row.sweep,
-                    block.standing("HM").place(name),
-                    str(len(row.seeds)),
-                    *cells,
-                    *(more if wide else ()),
-                )
-    return table
-
-
-def verdicts(boards: Sequence[Board]) -> Iterator[str]:
-    """Yield, for everything that may be ranked, what can be said of the order by HM."""
-    for board in boards:
-        for block in board.blocks:
+            title = board.title + (" (simulated)" if board.simulated else "")
+            parts += [Text(f"\n{title}, {block.title}", style="bold")]
+            parts += [_table(block, wide, extra, widths)]
             if len(block.rows) > 1:
-                yield f"{board.title}, {block.title}: {block.standing('HM').sentence}"
+                parts.append(Text(block.standing("HM").sentence, style="dim"))
+    return parts
+
+
+def _table(block: Block, wide: bool, extra: Sequence[str], widths: Sequence[int]) -> Table:
+    """Return the rows that may be ranked."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("place", justify="right", no_wrap=True)
+    table.add_column("system", min_width=widths[0], overflow="fold")
+    table.add_column("sweep", min_width=widths[1], overflow="fold")
+    table.add_column("seeds", justify="right", no_wrap=True)
+    digits = 2 if wide else 1
+    for name in (*SCORES, *extra):
+        table.add_column(name, justify="right", no_wrap=True, min_width=8 + 2 * digits)
+    for name in ("beta", "VAL HM") if wide else ():
+        table.add_column(name, justify="right", no_wrap=True, min_width=6)
+    for place, row in enumerate(block.rows):
+        cells = [Text(row.cell(n, digits), style=_STYLE[block.mark(place, n)]) for n in SCORES]
+        more = [f"{row.beta:.3g}" + ("!" if row.at_grid_end else ""), f"{row.val_hm:.2f}"]
+        table.add_row(
+            block.standing("HM").place(block.names[place]),
+            row.model,
+            row.sweep,
+            str(len(row.seeds)),
+            *cells,
+            *(row.cell(name, digits) for name in extra),
+            *(more if wide else ()),
+        )
+    return table
