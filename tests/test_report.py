@@ -116,6 +116,23 @@ def test_a_store_that_cannot_be_written_is_read(
     assert len(read(store).trials) == 48
 
 
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_marks_change_with_content(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    place = f"{request.getfixturevalue('s3')}/marks" if kind == "s3" else str(tmp_path / "objects")
+    storage = open_storage(place)
+    assert storage.marks("nothing/") == {}
+    for key in ("a/bc/d", "a/b", "c"):
+        storage.write(key, b"two")
+    before = storage.marks("")
+    assert list(before) == storage.keys("") == ["a/b", "a/bc/d", "c"]
+    assert list(storage.marks("a/b")) == ["a/b", "a/bc/d"]
+    storage.write("a/b", b"six")
+    changed = {key for key, mark in storage.marks("").items() if before[key] != mark}
+    assert changed == {"a/b"}, "as long as before"
+
+
 def test_records_on_s3(s3: str, store: Path) -> None:
     local, remote = LocalStorage(store), open_storage(f"{s3}/report")
     for key in local.keys(""):
