@@ -13,8 +13,11 @@ from rich.console import Console
 
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
+from avzero.report.boards import boards
 from avzero.report.console import ConsoleProgress
-from avzero.report.table import leaderboard, render, sweep_names
+from avzero.report.records import sweep_names
+from avzero.report.rows import leaderboard
+from avzero.report.table import render
 from avzero.spec import Job
 from avzero.track.mlflow_tracker import MlflowTracker
 from avzero.tune.final import freeze, run_final
@@ -114,7 +117,7 @@ def test_leaderboard(finished: tuple[Sweep, Recorder, Path]) -> None:
     assert row.seeds == (42, 43) and row.simulated
     assert row.mean("ZSL") > 12.5, "above chance with 8 unseen classes"
     console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
-    console.print(render([row], 160))
+    console.print(*render(boards([row], ()), 160), sep="\n")
     text = console.export_text()
     assert "avca" in text and "±" in text and f"{row.mean('HM'):.2f}" in text
     with pytest.raises(UserError, match=r"no sweep 'other'; there is .*tiny-sweep"):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avzero.errors import UserError
+from avzero.report.commands import compare, report
+from avzero.report.terminal import DEFAULT_STORE, StoreOption, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,11 +36,6 @@ data_app = typer.Typer(help="Look at benchmarks in the store.", no_args_is_help=
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(data_app, name="data")
 
-StoreOption = Annotated[
-    str,
-    typer.Option("--store", "--to", envvar="AVZERO_STORE", help="A folder or s3://bucket/prefix."),
-]
-DEFAULT_STORE = ".avzero/store"
 JobArgument = Annotated[
     str, typer.Argument(metavar="SWEEP", help="A job file (jobs/demo.yaml) or a sweep's name.")
 ]
@@ -52,15 +49,6 @@ def options(
 ) -> None:
     """Document the options every command has; ``main`` acts on them."""
     del debug
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Into a file or a pipe nothing is cut off: a line may be as long as it needs.
-    # No markup: what is printed holds paths and names of other people's making.
-    width = None if sys.stdout.isatty() else 160
-    return Console(highlight=False, markup=False, width=width)
 
 
 @contextmanager
@@ -91,7 +79,7 @@ def simulate(
     """Write a simulated dataset in the layout of the releases."""
     from avzero.data.simulate import simulate as make
 
-    console = _console()
+    console = terminal()
     with _progress(console) as progress:
         make(root, size, seed, progress, layout)
     console.print(f"{root}: simulated dataset, size {size}, seed {seed}, layout {layout}")
@@ -119,7 +107,7 @@ def ingest_avca(
     from avzero.data.release import ReadOptions
     from avzero.data.store import FeatureStore
 
-    console = _console()
+    console = terminal()
     files: dict[str, Path] = {}
     for pair in text or ():
         key, sep, file = pair.partition("=")
@@ -163,7 +151,7 @@ def data_list(store: StoreOption = DEFAULT_STORE) -> None:
             str(sum(manifest["counts"].values())),
             ", ".join(sorted(manifest["text"])),
         )
-    _console().print(table)
+    terminal().print(table)
 
 
 @data_app.command("verify")
@@ -181,7 +169,7 @@ def data_verify(
     problems = [problem for name in names for problem in target.verify(name)]
     if problems:
         raise UserError("; ".join(problems))
-    _console().print(f"{len(names)} benchmark{'s' if len(names) != 1 else ''}: all digests match")
+    terminal().print(f"{len(names)} benchmark{'s' if len(names) != 1 else ''}: all digests match")
 
 
 @data_app.command("audit")
@@ -230,7 +218,7 @@ def models(
     if as_json:
         typer.echo(json.dumps([s.as_dict() for s in systems], indent=2, ensure_ascii=False))
         return
-    console = _console()
+    console = terminal()
     for part in in_full(systems[0]) if name else [overview(systems, console.width)]:
         console.print(part)
 
@@ -301,7 +289,7 @@ def plan_command(
     from avzero.tune.sweep import Sweep, cluster_resources
 
     job = _open_job(job_file, store, None)
-    console = _console()
+    console = terminal()
     run = Sweep(job, FeatureStore(job.store))
     with ray_cluster(address) if address else nullcontext(), _progress(console) as progress:
         have = cluster_resources() if address else None
@@ -323,17 +311,19 @@ def sweep(
     from avzero.cluster.connect import ray_cluster
     from avzero.data.store import FeatureStore
     from avzero.report.bookkeeper import Bookkeeper
+    from avzero.report.records import refresh
     from avzero.report.spent import comparison
     from avzero.tune.sweep import Sweep
 
     job = _open_job(job_file, store, tracking)
-    console = _console()
+    console = terminal()
     run = Sweep(job, FeatureStore(job.store))
     run.listeners = (Bookkeeper(run.store.storage), *_listeners(job, console))
     if run.remaining:
         console.print(f"Starting Ray{' at ' + address if address else ' on this machine'} …")
     with ray_cluster(address) if run.remaining else nullcontext():
         finished = run.run()
+    refresh(run.store.storage, job.name)
     if not finished:
         raise typer.Exit(130)
     for line in comparison(run.store.storage, [job.name]):
@@ -355,13 +345,16 @@ def test_command(
     """Freeze a sweep's winner, train stage 2, and look at TEST once."""
     from avzero.cluster.connect import ray_cluster
     from avzero.data.store import FeatureStore
+    from avzero.report.boards import boards, notices
+    from avzero.report.records import load
+    from avzero.report.rows import rows_of
     from avzero.report.spent import comparison
-    from avzero.report.table import leaderboard, render
+    from avzero.report.table import render
     from avzero.tune.final import freeze, run_final
     from avzero.tune.sweep import Sweep
 
     job = _open_job(job_file, store, tracking)
-    console = _console()
+    console = terminal()
     run = Sweep(job, FeatureStore(job.store))
     plan = freeze(run)
     on_cluster = address is not None
@@ -375,30 +368,18 @@ def test_command(
         except KeyboardInterrupt:
             console.print("Interrupted. Run the same command again to go on.")
             raise typer.Exit(130) from None
-    console.print(render(leaderboard(run.store.storage, [job.name]), console.width))
+    records = load(run.store.storage, [job.name])
+    rows = rows_of(records)
+    for part in render(boards(rows, ()), console.width):
+        console.print(part)
     for line in comparison(run.store.storage, [job.name]):
         console.print(line)
+    for line in notices(records, rows):
+        console.print(f"Note: {line}")
 
 
-@app.command()
-def report(
-    sweeps: Annotated[list[str] | None, typer.Argument(help="Sweep names; default: all.")] = None,
-    store: StoreOption = DEFAULT_STORE,
-) -> None:
-    """Print the leaderboard of sweeps whose TEST has been scored."""
-    from avzero.data.storage import open_storage
-    from avzero.report.spent import comparison
-    from avzero.report.table import leaderboard, render, sweep_names
-
-    storage = open_storage(store)
-    names = sweeps or sweep_names(storage)
-    rows = leaderboard(storage, names)
-    if not rows:
-        raise UserError(f"{store}: no TEST results yet; run avzero sweep, then avzero test")
-    console = _console()
-    console.print(render(rows, console.width))
-    for line in comparison(storage, names):
-        console.print(line)
+app.command()(report)
+app.command()(compare)
 
 
 @app.command("import-checkpoint")
@@ -423,7 +404,7 @@ def import_checkpoint(  # noqa: PLR0913, PLR0917 - one per option
     from avzero.report.result import score_lines
     from avzero.tune.imported import Import, parse_settings
 
-    console = _console()
+    console = terminal()
     protocol = {"text": text, "text_alignment": alignment}
     values = parse_settings(settings or [])
     run = Import(

@@ -15,6 +15,9 @@ from typing import Any
 from avzero.canon import ID_LENGTH, canonical
 from avzero.data.storage import Storage
 
+IMPORTS = "import-checkpoint"
+"""What stands for the sweep where a published checkpoint was scored."""
+
 
 @dataclass(frozen=True)
 class Opening:

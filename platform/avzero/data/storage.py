@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +41,9 @@ class Storage(Protocol):
 
     def keys(self, prefix: str) -> list[str]:
         """Return the sorted keys that start with ``prefix``."""
+
+    def marks(self, prefix: str) -> dict[str, str]:
+        """Return, for the keys that start with ``prefix``, text that changes with the content."""
 
     def size(self, key: str) -> int | None:
         """Return an object's size in bytes, None when it does not exist."""
@@ -151,6 +154,27 @@ class LocalStorage:
         )
         return sorted(key for key in found if key.startswith(prefix))
 
+    def marks(self, prefix: str) -> dict[str, str]:
+        """Return size and time of every file whose key starts with ``prefix``."""
+        found = {}
+        # Thousands of files: scandir asks the system once per file, rglob several times.
+        waiting = [self._path(prefix.rpartition("/")[0])]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                entries = list(os.scandir(folder))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for entry in entries:
+                if entry.is_dir():
+                    waiting.append(Path(entry.path))
+                elif not entry.name.startswith(".tmp-"):
+                    key = entry.path[len(self.url) :].lstrip("/")
+                    with suppress(FileNotFoundError):  # gone since it was listed
+                        at = entry.stat()
+                        found[key] = f"{at.st_size}-{at.st_mtime_ns}"
+        return {key: mark for key, mark in sorted(found.items()) if key.startswith(prefix)}
+
     def size(self, key: str) -> int | None:
         """Return an object's size in bytes, None when it does not exist."""
         path = self._path(key)
@@ -250,14 +274,20 @@ class S3Storage:
 
     def keys(self, prefix: str) -> list[str]:
         """Return the sorted keys that start with ``prefix``."""
-        found: list[str] = []
+        return sorted(self.marks(prefix))
+
+    def marks(self, prefix: str) -> dict[str, str]:
+        """Return size and entity tag of every object whose key starts with ``prefix``."""
+        found = {}
         with self._errors(""):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
             for page in pages:
-                found.extend(entry["Key"] for entry in page.get("Contents", ()))
-        return sorted(key.removeprefix(self._prefix) for key in found)
+                for entry in page.get("Contents", ()):
+                    key = entry["Key"].removeprefix(self._prefix)
+                    found[key] = f"{entry['Size']}-{entry['ETag']}"
+        return dict(sorted(found.items()))
 
     def size(self, key: str) -> int | None:
         """Return an object's size in bytes, None when it does not exist."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from avzero.canon import canonical, sha256_file
 from avzero.data.audit import wrong_if_positional
 from avzero.data.benchmark import Benchmark
+from avzero.data.ledger import IMPORTS
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.models._contract import Model
@@ -38,7 +39,7 @@ from avzero.train.outcome import conclude_stage_1, score_test
 from avzero.train.records import Result
 from avzero.tune.space import Group
 
-SWEEP = "import-checkpoint"
+SWEEP = IMPORTS
 """What stands in the ledger where other openings have their sweep's name."""
 _UNREADABLE = (
     pickle.UnpicklingError,
