@@ -119,7 +119,7 @@ class MlflowTracker(Listener):
             self._end(draft, view)
 
     def _end(self, draft: Draft, view: TrialView) -> None:
-        draft.close(STATUS[view.state], lambda: trial_outcome(self._job, view))
+        draft.close(STATUS[view.state], lambda run: trial_outcome(self._job, view))
         self._closed.add(draft.identity)
         self.outbox.put(draft.identity, draft, last=True)
 
@@ -178,7 +178,7 @@ class MlflowTracker(Listener):
             parent.close(status)
         else:
             parent.marks = {BEST_TRIAL: str(best.number), COMPLETE_TRIALS: str(len(complete))}
-            parent.close(status, functools.partial(sweep_outcome, best, complete))
+            parent.close(status, functools.partial(sweep_outcome, best, trials))
         self.outbox.put(parent.identity, parent, last=True, behind=True)
 
     # -- final runs -----------------------------------------------------------------------------
@@ -209,8 +209,8 @@ class MlflowTracker(Listener):
         if stage_2 is None or test is None:
             return
         epochs = [epoch for _, epoch in stage_2.epochs]
-        stage_2.close("FINISHED", lambda: stage_2_outcome(self._job, final, epochs))
-        test.close("FINISHED", lambda: test_outcome(result))
+        stage_2.close("FINISHED", lambda run: stage_2_outcome(self._job, final, epochs, result))
+        test.close("FINISHED", lambda run: test_outcome(final, epochs, result))
         for draft in (stage_2, test):
             self.outbox.put(draft.identity, draft, last=True)
         # No hook follows the last TEST, so each of them sees its run through.

@@ -9,6 +9,7 @@ carry the digest as a tag.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 from avzero.revision import code_revision
 from avzero.spec import Job
 from avzero.track.budget import Budget, Counted
+from avzero.track.logged_model import log_model
 from avzero.track.payload import (
     RUNNING,
     Draft,
@@ -47,6 +49,8 @@ class _Run:
     metrics: dict[str, float]
     tags: dict[str, str]
     has_dataset: bool
+    model: str = ""
+    """Id of the logged model this call made for it."""
     steps: set[int] = field(default_factory=set)
     """Epochs it had when it was taken up."""
 
@@ -108,7 +112,7 @@ class RunTree:
             self._log_dataset(run, draft.group)
         outcome = Outcome()
         if closed and not (draft.marks and draft.marks.items() <= run.tags.items()):
-            outcome = draft.make_outcome()
+            outcome = draft.make_outcome(run.id)
         self._log(run, draft, count, outcome)
         self._upload(run, draft.files())
         draft.files = dict
@@ -126,12 +130,28 @@ class RunTree:
         self._upload(run, files | shared)
         if outcome.also in self._runs:
             self._upload(self._runs[outcome.also], shared)
+        self._log_model(run, draft, outcome)
         marks = {k: v for k, v in draft.marks.items() if run.tags.get(k) != v}
         if marks:
             self._client.log_batch(run.id, tags=[RunTag(k, v) for k, v in marks.items()])
             run.tags |= marks
         self._client.set_terminated(run.id, status=draft.status, end_time=draft.ended)
         run.status = draft.status
+
+    def _log_model(self, run: _Run, draft: Draft, outcome: Outcome) -> None:
+        """Log the system of a final run as an MLflow model."""
+        files = outcome.model()
+        if not files or draft.task is None:
+            return
+        if not run.model:
+            info = draft.group.benchmark
+            name = f"{draft.group.model}-{info.name}-seed-{draft.task.seed}"
+            made = self._client.create_logged_model(
+                self._experiment(draft.group), re.sub(r"[^\w-]", "-", name), run.id
+            )
+            run.model = made.model_id
+        with tempfile.TemporaryDirectory() as scratch:
+            log_model(self._client, run.model, run.id, files, Path(scratch))
 
     # -- finding and making ---------------------------------------------------------------------
 
