@@ -150,7 +150,8 @@ def test_mlflow_tree(finished: tuple[Sweep, Recorder, Path]) -> None:
     for one in (parent, *by_kind["stage2"], *by_kind["test"]):
         assert one.inputs.dataset_inputs[0].dataset.name == "tiny"
     views = {view.task.id: view for view in run.done()}
-    pictures = {"learning_curves.png", "seen_unseen_curve.png"}
+    figures = {"seen_unseen_curve.png", "per_class_recall.png", "confusion_unseen.png"}
+    pictures = {"learning_curves.png"} | figures
     tables = {"seen_unseen_curve.csv", "per_class.csv", "retrieval.csv"}
     for one in by_kind["trial"]:
         view = views[one.data.tags["avzero.run"]]
@@ -174,13 +175,19 @@ def test_mlflow_tree(finished: tuple[Sweep, Recorder, Path]) -> None:
         assert "AUSUC" in one.data.metrics
         assert one.data.tags["avzero.test_opened"] == "true" and one.info.status == "FINISHED"
         files = {f.path for f in client.list_artifacts(one.info.run_id)}
-        assert files == tables | {"run.yaml", "seen_unseen_curve.png"}
+        assert files == tables | figures | {"run.yaml", "embeddings_tsne.png"}
+        (made,) = one.outputs.model_outputs
+        model = client.get_logged_model(made.model_id)
+        assert model.status == "READY" and model.source_run_id == one.info.run_id
     for one in by_kind["stage2"]:
         assert [m.step for m in client.get_metric_history(one.info.run_id, "train/loss")]
         files = {f.path for f in client.list_artifacts(one.info.run_id)}
         assert files == {"run.yaml", "learning_curves.png", "model.safetensors"}
+        assert set(one.data.metrics).isdisjoint({"S", "U", "HM", "ZSL", "AUSUC"})
     files = {f.path for f in client.list_artifacts(parent.info.run_id)}
-    assert files == pictures | tables | {"job.yaml", "per_class_of_trials.parquet"}
+    assert files == pictures | tables | {
+        *("job.yaml", "per_class_of_trials.parquet", "trials.csv", "parallel_coordinates.png")
+    }
     assert parent.info.status == "FINISHED"
 
 

@@ -15,14 +15,14 @@ import pytest
 
 from avzero.data.store import FeatureStore
 from avzero.spec import Job
-from avzero.track import payload
+from avzero.track import files, payload
 from avzero.track.mlflow_tracker import MlflowTracker
 from avzero.track.outbox import Outbox
 from avzero.tune.listener import TrialView
 from avzero.tune.space import Group
 from tests.mlflow_memory import MemoryClient, stepped
 from tests.mlflow_stub import MlflowStub
-from tests.trials import trial_view
+from tests.trials import PICTURES, trial_view
 
 EPOCHS = 12
 SETTINGS: dict[str, Any] = {
@@ -37,8 +37,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for picture in ("learning_curves", "seen_unseen_curve"):
-        monkeypatch.setattr(payload, picture, lambda *_: b"picture")
+    for picture in PICTURES:
+        monkeypatch.setattr(files, picture, lambda *_: b"picture")
 
 
 def group_of(store: FeatureStore, **changes: Any) -> Group:

@@ -24,6 +24,7 @@ PINK, SKY, YELLOW, GREY = "#cc79a7", "#56b4e9", "#f0e442", "#8a8a8a"
 _CLASSES_NAMED = 60
 """More class names than this do not fit beside bars or cells."""
 _COLOURED = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#000000", YELLOW)
+_SEEN, _OTHER = "#c8c8c8", "#6e6e6e"
 
 
 def seen_unseen_curve(result: Result, title: str) -> bytes:
@@ -192,49 +193,38 @@ def embedding(portrait: Tensors, names: Sequence[str], title: str) -> bytes | No
         )
     perplexity = min(30.0, (len(points) - 1) / 4)
     flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(points)
+    figure, (axes,) = canvas(8.6, 5.6)
     unseen = portrait["unseen_ids"].numpy()
     most = sorted(unseen, key=lambda i: (-(of == i).sum(), i))[: len(_COLOURED)]
-    figure, (axes,) = canvas(8.6, 5.6)
+    colours = dict(zip(most, _COLOURED, strict=False))
+    is_unseen = np.isin(of, unseen)
     groups = [
-        ("seen classes", ~np.isin(of, unseen), "#c8c8c8", 5),
-        ("other unseen classes", np.isin(of, unseen) & ~np.isin(of, most), "#6e6e6e", 7),
-        *((names[i], of == i, colour, 12) for i, colour in zip(most, _COLOURED, strict=False)),
+        ("seen classes", ~is_unseen, _SEEN, 5),
+        ("other unseen classes", is_unseen & ~np.isin(of, most), _OTHER, 7),
+        *((names[i], of == i, colour, 12) for i, colour in colours.items()),
     ]
     for label, rows, colour, size in groups:
         if rows.any():
             axes.scatter(*flat[:n][rows].T, s=size, color=colour, label=label, linewidths=0)
-    for i, (x, y) in zip(ids, flat[n:], strict=True):
-        colour = dict(zip(most, _COLOURED, strict=False)).get(
-            i, "#6e6e6e" if i in unseen else "#c8c8c8"
-        )
-        axes.plot(
-            x,
-            y,
-            "*",
-            color=colour,
-            markersize=13 if i in most else 7,
-            markeredgecolor="black",
-            markeredgewidth=0.8 if i in most else 0.3,
-        )
+    for i, place in zip(ids, flat[n:], strict=True):
+        colour = colours.get(i, _OTHER if i in unseen else _SEEN)
+        size, edge = (13, 0.8) if i in colours else (7, 0.3)
+        _star(axes, place, colour, size, edge)
     if len(ids):
-        axes.plot(
-            [],
-            [],
-            "*",
-            color="white",
-            markeredgecolor="black",
-            markersize=11,
-            label="class vector (of that colour)",
-        )
+        _star(axes, ([], []), "white", 11, 0.8, label="class vector (of that colour)")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_xlabel("t-SNE 1 (no unit)")
     axes.set_ylabel("t-SNE 2 (no unit)")
-    axes.set_title(
-        f"{title}\n{n} samples; near is similar, distances far apart mean little", fontsize=10
-    )
+    note = f"{n} samples; neighbours are similar, distances far apart mean little"
+    axes.set_title(f"{title}\n{note}", fontsize=10)
     return png(figure)
+
+
+def _star(axes: Any, place: Any, colour: str, size: float, edge: float, label: str = "") -> None:
+    style = {"markersize": size, "markeredgecolor": "black", "markeredgewidth": edge}
+    axes.plot(*place, "*", color=colour, label=label or "_", **style)
 
 
 def canvas(

@@ -321,10 +321,8 @@ def result_metrics(result: Result) -> dict[str, float]:
             values[f"{modality}_HM"] = 100 * result.scores[modality]["HM"]
     values |= {"seconds": result.seconds, "parameters": float(result.parameters)}
     if result.kind == "test":
-        for name, value in result.extra.items():
-            if not name.startswith("mAP_"):
-                values[name] = 100 * value
-            elif name.endswith("_hm"):
-                values[f"retrieval/{name}"] = 100 * value
+        more = {k: 100 * v for k, v in result.extra.items()}
+        values |= {k: v for k, v in more.items() if not k.startswith("mAP_")}
+        values |= {f"retrieval/{k}": v for k, v in more.items() if k.endswith("_hm")}
     # One is kept for samples_per_s.
     return dict(itertools.islice(values.items(), METRIC_KEYS - 1))

@@ -80,39 +80,18 @@ def parallel_coordinates(
     names = sorted(varying, key=lambda name: found.get(name, 0.0))[-_AXES:]
     if len(lines) < 2 or not names:
         return None
-    figure, (axes,) = canvas(max(6.4, 1.4 * (len(names) + 1)), 4.6)
     columns = [
         _Column([t.values.get(name) for t in lines], _is_log(lines[0], name)) for name in names
     ]
     columns.append(_Column([100 * t.hm for t in lines], False))
-    at = np.arange(len(columns))
-    norm = Normalize(100 * lines[0].hm, 100 * lines[-1].hm)
-    colours: Any = ScalarMappable(norm, "cividis")
-    for row, trial in enumerate(lines):
-        best = trial is lines[-1]
-        height = [column.place[row] for column in columns]
-        colour = RED if best else colours.to_rgba(100 * trial.hm)
-        style = "-" if trial.state == "complete" else (0, (3, 2))
-        axes.plot(
-            at,
-            height,
-            linestyle=style,
-            color=colour,
-            linewidth=2.6 if best else 1.0,
-            alpha=1.0 if best else 0.75,
-        )
+    figure, (axes,) = canvas(max(6.4, 1.4 * (len(names) + 1)), 4.6)
+    colours = _draw_lines(axes, lines, columns)
     for x, column in enumerate(columns):
         axes.axvline(x, color="black", linewidth=0.8)
+        box = {"facecolor": "white", "alpha": 0.75, "pad": 0.6, "linewidth": 0}
         for place, label in column.ticks:
-            axes.text(
-                x + 0.03,
-                place,
-                label,
-                fontsize=7,
-                va="center",
-                bbox={"facecolor": "white", "alpha": 0.75, "pad": 0.6, "linewidth": 0},
-            )
-    axes.set_xticks(at, [*names, "best VAL\nHM (%)"], fontsize=8)
+            axes.text(x + 0.03, place, label, fontsize=7, va="center", bbox=box)
+    axes.set_xticks(range(len(columns)), [*names, "best VAL\nHM (%)"], fontsize=8)
     axes.tick_params(axis="x", length=0)
     axes.set_yticks([])
     axes.set_xlim(-0.15, len(columns) - 0.6)
@@ -123,6 +102,23 @@ def parallel_coordinates(
     note = f"{len(lines)} trials; red: the best; dashed: stopped early"
     axes.set_title(f"{title}\n{note}", fontsize=10)
     return png(figure)
+
+
+def _draw_lines(axes: Any, lines: Sequence[TrialView], columns: Sequence[_Column]) -> Any:
+    """Draw a line per trial, the worst first; return what gives them their colours."""
+    norm = Normalize(100 * lines[0].hm, 100 * lines[-1].hm)
+    colours: Any = ScalarMappable(norm, "cividis")
+    for row, trial in enumerate(lines):
+        best = trial is lines[-1]
+        axes.plot(
+            range(len(columns)),
+            [column.place[row] for column in columns],
+            linestyle="-" if trial.state == "complete" else (0, (3, 2)),
+            color=RED if best else colours.to_rgba(100 * trial.hm),
+            linewidth=2.6 if best else 1.0,
+            alpha=1.0 if best else 0.75,
+        )
+    return colours
 
 
 def _is_log(trial: TrialView, name: str) -> bool:
