@@ -49,7 +49,7 @@ def seen_unseen_curve(result: Result, title: str) -> bytes:
     axes.set_xlim(0, 1.04 * max(unseen.max(), 1.0))
     axes.set_ylim(0, 1.04 * max(seen.max(), 1.0))
     axes.set_title(title, fontsize=10)
-    axes.legend(loc="upper right", fontsize=9)
+    axes.legend(loc="lower left", fontsize=9)
     axes.grid(alpha=0.25)
     return png(figure)
 

@@ -240,7 +240,7 @@ def sweep_outcome(best: TrialView, trials: Sequence[TrialView], run: str) -> Out
 
     def files() -> dict[str, bytes]:
         table = {"per_class_of_trials.parquet": per_class_of_trials(complete)}
-        return table | study_files(own, f"{title}: search {best.group.job.name}")
+        return table | study_files(own, f"{title}, search {best.group.job.name}")
 
     def shared() -> dict[str, bytes]:
         name = f"{title}, trial {best.number}"
