@@ -101,7 +101,7 @@ def assert_complete(stub: MlflowStub, trials: Sequence[TrialView]) -> None:
     runs = {run["tags"]["avzero.run"]: run for run in stub.kind("trial")}
     assert len(stub.kind("trial")) == len(runs) == len(trials)
     (parent,) = stub.kind("sweep")
-    assert parent["status"] == "FINISHED"
+    assert parent["status"] == "FINISHED" and parent["start_time"] <= parent["end_time"]
     for trial in trials:
         run = runs[trial.task.id]
         assert run["status"] == {"complete": "FINISHED", "pruned": "KILLED"}[trial.state]
@@ -152,7 +152,10 @@ def test_requests_of_a_sweep(
         assert run["tags"]["feature_set"] and run["tags"]["dataset"]
     note = parent["tags"]["mlflow.note.content"]
     assert "4 trials: 2 complete, 2 stopped early. Trial 3 is the best on VAL:" in note
-    assert "**30.00**" in note and f"path=seen_unseen_curve.png&run_uuid={parent['id']}" in note
+    assert (
+        "**HM 30.00 %** (S 31.00, U 15.00" in note
+        and f"path=seen_unseen_curve.png&run_uuid={parent['id']}" in note
+    )
     pictures = {"learning_curves.png", "seen_unseen_curve.png", "per_class_recall.png"}
     tables = {"seen_unseen_curve.csv", "per_class.csv", "retrieval.csv"}
     assert files_of(stub, best) == pictures | tables

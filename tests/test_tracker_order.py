@@ -132,6 +132,7 @@ def check(stub: MlflowStub, trials: Sequence[TrialView]) -> None:
     (parent,) = stub.kind("sweep")
     assert parent["status"] == "FINISHED", "its beginning came after its end"
     assert parent["tags"]["avzero.best_trial"] == "3"
+    assert parent["start_time"] <= parent["end_time"]
     runs = {run["tags"]["avzero.run"]: run for run in stub.kind("trial")}
     assert len(runs) == len(stub.kind("trial")) == len(trials)
     for trial in trials:

@@ -112,7 +112,8 @@ class MlflowTracker(Listener):
     def _fill_in(self, view: TrialView) -> None:
         """Have an ended trial sent, unless it is in MLflow already."""
         if view.twin_of is None and view.task.id not in self._closed:
-            draft = self._open.pop(view.task.id, None) or trial_draft(view)
+            draft = self._draft(view)
+            del self._open[view.task.id]
             draft.only_missing = True
             for epoch in view.epochs[len(draft.epochs) :]:
                 draft.add(epoch)
@@ -129,7 +130,8 @@ class MlflowTracker(Listener):
 
     def _draft(self, trial: TrialView) -> Draft:
         if trial.task.id not in self._open:
-            self._open[trial.task.id] = trial_draft(trial)
+            draft = self._open[trial.task.id] = trial_draft(trial)
+            draft.parent = self._parents.get(trial.group.key)
         return self._open[trial.task.id]
 
     def epoch_ended(self, trial: TrialView, epoch: Epoch) -> None:
@@ -194,6 +196,7 @@ class MlflowTracker(Listener):
             self._finish(parent)
         for kind in ("stage2", "test") if final.task.stage == 2 else ("stage1",):
             draft = final_draft(final, kind)
+            draft.parent = self._parents[final.group.key]
             self._open[draft.identity] = draft
 
     def final_epoch_ended(self, final: FinalView, epoch: Epoch) -> None:

@@ -40,10 +40,8 @@ def sweep_note(best: TrialView, trials: Sequence[TrialView], run: str) -> str:
     if best.result is not None:
         s = best.result.scores[BOTH]
         lines += [
-            "| VAL | S | U | HM | ZSL | beta | AUSUC |",
-            "|---|---|---|---|---|---|---|",
-            f"| % | {100 * s['S']:.2f} | {100 * s['U']:.2f} | **{100 * s['HM']:.2f}** | "
-            f"{100 * s['ZSL']:.2f} | {s['beta']:.3g} | {100 * best.result.area:.2f} |",
+            f"**HM {100 * s['HM']:.2f} %** (S {100 * s['S']:.2f}, U {100 * s['U']:.2f}, ZSL "
+            f"{100 * s['ZSL']:.2f}, beta {s['beta']:.3g}, AUSUC {100 * best.result.area:.2f}).",
             "",
         ]
     start = next((trial for trial in trials if trial.number == 0 and trial.best), None)

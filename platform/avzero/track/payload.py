@@ -20,7 +20,7 @@ from typing import Any
 from avzero.canon import ID_LENGTH, canonical
 from avzero.data.benchmark import MODALITIES
 from avzero.models._registry import model_class
-from avzero.protocol.calibration import BOTH
+from avzero.protocol.calibration import BOTH, MISSING
 from avzero.spec import Job, Task
 from avzero.track.files import (
     Files,
@@ -84,6 +84,8 @@ class Draft:
     name: str
     tags: dict[str, str] = field(default_factory=dict)
     task: Task | None = None
+    parent: Draft | None = None
+    """Of the sweep's own run."""
     files: Files = dict
     """Sent once, with the first news."""
     only_missing: bool = False
@@ -216,7 +218,7 @@ def trial_outcome(job: Job, trial: TrialView) -> Outcome:
         outcome.metrics = result_metrics(result)
     elif trial.best is not None:
         outcome.metrics = headline(trial.best.val)
-        outcome.metrics["seconds"] = sum(epoch.seconds for epoch in trial.epochs)
+        outcome.metrics["seconds"] = round(sum(epoch.seconds for epoch in trial.epochs), 2)
     if trial.state == "complete" and job.tracking.checkpoints == "all":
         outcome.files = lambda: weights(trial.folder)
     return outcome
@@ -260,7 +262,7 @@ def stage_2_outcome(job: Job, final: FinalView, epochs: Sequence[Epoch], result:
         curves = learning_files(epochs, f"{title}: learning curve")
         return curves | (weights(final.folder) if job.tracking.checkpoints != "none" else {})
 
-    cost = {"seconds": result.seconds, "parameters": float(result.parameters)}
+    cost = {"seconds": round(result.seconds, 2), "parameters": float(result.parameters)}
     return Outcome(cost | rate(epochs), files=files)
 
 
@@ -286,8 +288,13 @@ def _title(group: Group) -> str:
 
 def headline(scores: Mapping[str, float]) -> dict[str, float]:
     """Return S, U, HM, ZSL in percent, and beta."""
-    values = {key: 100 * scores[key] for key in _PERCENT if key in scores}
-    return values | ({"beta": scores["beta"]} if "beta" in scores else {})
+    values = {key: percent(scores[key]) for key in _PERCENT if key in scores}
+    return values | ({"beta": round(scores["beta"], 6)} if "beta" in scores else {})
+
+
+def percent(fraction: float) -> float:
+    """Return a score in percent, short enough for a column; the store has every digit."""
+    return round(100 * fraction, 4)
 
 
 def epoch_metrics(epoch: Epoch) -> dict[str, float]:
@@ -295,11 +302,11 @@ def epoch_metrics(epoch: Epoch) -> dict[str, float]:
 
     S and U of every epoch are in the learning curves and in the store.
     """
-    values = {f"val/{key}": 100 * epoch.val[key] for key in ("HM", "ZSL") if key in epoch.val}
+    values = {f"val/{key}": percent(epoch.val[key]) for key in ("HM", "ZSL") if key in epoch.val}
     return values | {
         "train/loss": epoch.loss,
         "train/lr": epoch.lr,
-        "samples_per_s": epoch.samples_per_second,
+        "samples_per_s": round(epoch.samples_per_second, 1),
     }
 
 
@@ -307,21 +314,26 @@ def rate(epochs: Sequence[Epoch]) -> dict[str, float]:
     """Return the mean samples per second over a run's epochs, for runs without a series of it."""
     if not epochs:
         return {}
-    return {"samples_per_s": sum(e.samples_per_second for e in epochs) / len(epochs)}
+    return {"samples_per_s": round(sum(e.samples_per_second for e in epochs) / len(epochs), 1)}
 
 
 def result_metrics(result: Result) -> dict[str, float]:
     """Return the columns of a result: 10, and on TEST what else fits.
 
+    ``audio_HM`` is by audio alone: by the distances of audio where a system has them, else by the
+    whole with video withheld; ``video_HM`` likewise.
+
     Of retrieval only TEST has metrics, and only harmonic means: trials have charts enough.
     """
-    values = headline(result.scores[BOTH]) | {"AUSUC": 100 * result.area}
-    for modality in MODALITIES:
-        if modality in result.scores:
-            values[f"{modality}_HM"] = 100 * result.scores[modality]["HM"]
-    values |= {"seconds": result.seconds, "parameters": float(result.parameters)}
+    values = headline(result.scores[BOTH]) | {"AUSUC": percent(result.area)}
+    audio, video = MODALITIES
+    for modality, other in ((audio, video), (video, audio)):
+        scores = result.scores.get(modality) or result.scores.get(MISSING + other)
+        if scores:
+            values[f"{modality}_HM"] = percent(scores["HM"])
+    values |= {"seconds": round(result.seconds, 2), "parameters": float(result.parameters)}
     if result.kind == "test":
-        more = {k: 100 * v for k, v in result.extra.items()}
+        more = {k: percent(v) for k, v in result.extra.items()}
         values |= {k: v for k, v in more.items() if not k.startswith("mAP_")}
         values |= {f"retrieval/{k}": v for k, v in more.items() if k.endswith("_hm")}
     # One is kept for samples_per_s.

@@ -29,6 +29,7 @@ from avzero.track.payload import (
     parent_draft,
     settings,
 )
+from avzero.track.views import experiment_tags
 from avzero.tune.space import Group
 
 _ENTITIES = 1000
@@ -86,8 +87,6 @@ class RunTree:
         self._experiments: dict[str, str] = {}
         self._looked_up: set[tuple[str, bool]] = set()
         self._runs: dict[str, _Run] = {}
-        self._parents: dict[str, Draft] = {}
-        """By group."""
         self._in_doubt: set[str] = set()
         """Identities whose creation was not answered: MLflow may have made the run or not."""
 
@@ -96,8 +95,6 @@ class RunTree:
         # In this order: a closed draft has all its epochs.
         closed = draft.status != RUNNING
         count = len(draft.epochs)
-        if draft.kind == "sweep":
-            self._parents[draft.group.key] = draft
         if draft.kind == "trial" and not closed and not self._budget.allows(draft.identity):
             return  # the next rung, or the end, sends it all
         run = self._find(draft)
@@ -198,18 +195,15 @@ class RunTree:
         """Make a run with all its tags."""
         tags = common_tags(self._job, draft, code_revision()) | draft.tags
         if draft.kind != "sweep":
-            tags["mlflow.parentRunId"] = self._parent(draft.group)
+            parent = draft.parent or parent_draft(self._job, draft.group)
+            # Its own turn may come later, and finds it then.
+            tags["mlflow.parentRunId"] = (self._find(parent) or self._create(parent)).id
         experiment = self._experiment(draft.group)
         self._in_doubt.add(draft.identity)
         made = self._client.create_run(experiment, start_time=draft.started, tags=tags)
         self._in_doubt.remove(draft.identity)
         self._runs[draft.identity] = _Run.of(made)
         return self._runs[draft.identity]
-
-    def _parent(self, group: Group) -> str:
-        """Return the sweep's own run; its draft may come later, and finds it then."""
-        draft = self._parents.setdefault(group.key, parent_draft(self._job, group))
-        return (self._find(draft) or self._create(draft)).id
 
     def _experiment(self, group: Group) -> str:
         """Return the experiment of a group's benchmark, made if needed."""
@@ -220,9 +214,8 @@ class RunTree:
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 try:
-                    # The tag makes the UI open the page of runs instead of its chat tooling.
                     self._experiments[name] = self._client.create_experiment(
-                        name, tags={"mlflow.experimentKind": "custom_model_development"}
+                        name, tags=experiment_tags()
                     )
                     self._looked_up |= {(name, True), (name, False)}  # it is empty
                 except MlflowException:  # made by somebody else meanwhile, or no answer
