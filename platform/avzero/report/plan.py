@@ -140,7 +140,7 @@ def _mlflow(plan: Plan) -> str:
         metrics += g.final_epochs * _BARE_KEYS
         params += (g.trials + final) * len(settings(g.group.task({})))
         files = job.tracking.checkpoints == "all"
-        requests += 3 * g.trials + g.complete * (1 + files)
+        requests += 3 * g.trials + g.complete * files
     return (
         f"MLflow: {runs:,.0f} runs, about {metrics:,.0f} rows of metrics and {params:,.0f} "
         f"parameters; {requests:,.0f} requests or more for the search"

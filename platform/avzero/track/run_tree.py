@@ -1,13 +1,15 @@
 """Draft in, requests out: the tree of runs in MLflow. Used by the outbox's thread alone.
 
-A run costs one request to make, one ``log_batch`` each time there is news, one per file, and one
-to close. Nothing is asked per run: the runs of a sweep are looked up once, page by page, when the
-first of them is needed. The dataset, one request more, is attached to the sweep's own run and to
-final runs; trials are nested below the former and carry the digest as a tag.
+A run costs one request to make, one ``log_batch`` each time there is news (before its end the
+budget says how often), one per file, and one to close. Nothing is asked per run: the runs of a
+sweep are looked up once, page by page, when the first of them is needed. The dataset, one request
+more, is attached to the sweep's own run and to final runs; trials are nested below the former and
+carry the digest as a tag.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from typing import Any
 
 from avzero.revision import code_revision
 from avzero.spec import Job
+from avzero.track.budget import Budget, Counted
+from avzero.track.logged_model import log_model
 from avzero.track.payload import (
     RUNNING,
     Draft,
@@ -25,6 +29,7 @@ from avzero.track.payload import (
     parent_draft,
     settings,
 )
+from avzero.track.views import experiment_tags
 from avzero.tune.space import Group
 
 _ENTITIES = 1000
@@ -45,6 +50,8 @@ class _Run:
     metrics: dict[str, float]
     tags: dict[str, str]
     has_dataset: bool
+    model: str = ""
+    """Id of the logged model this call made for it."""
     steps: set[int] = field(default_factory=set)
     """Epochs it had when it was taken up."""
 
@@ -73,7 +80,8 @@ class RunTree:
     """
 
     def __init__(self, client: Any, uri: str, job: Job) -> None:
-        self._client = client
+        self._client = Counted(client)
+        self._budget = Budget(self._client, uploads=job.tracking.checkpoints == "all")
         self._uri = uri
         self._job = job
         self._experiments: dict[str, str] = {}
@@ -87,6 +95,8 @@ class RunTree:
         # In this order: a closed draft has all its epochs.
         closed = draft.status != RUNNING
         count = len(draft.epochs)
+        if draft.kind == "trial" and not closed and not self._budget.allows(draft.identity):
+            return  # the next rung, or the end, sends it all
         run = self._find(draft)
         if run is None:
             run = self._create(draft)
@@ -99,28 +109,46 @@ class RunTree:
             self._log_dataset(run, draft.group)
         outcome = Outcome()
         if closed and not (draft.marks and draft.marks.items() <= run.tags.items()):
-            outcome = draft.make_outcome()
+            outcome = draft.make_outcome(run.id)
         self._log(run, draft, count, outcome)
         self._upload(run, draft.files())
         draft.files = dict
         if closed:
             self._close(run, draft, outcome)
+            if draft.kind == "trial":
+                self._budget.closed(draft.identity)
 
     def _close(self, run: _Run, draft: Draft, outcome: Outcome) -> None:
         """Send the files of the outcome, then the marks, then the status."""
         from mlflow.entities import RunTag
 
         files = outcome.files()
-        self._upload(run, files)
+        shared = outcome.shared()
+        self._upload(run, files | shared)
         if outcome.also in self._runs:
-            pictures = {name: data for name, data in files.items() if name.endswith(".png")}
-            self._upload(self._runs[outcome.also], pictures)
+            self._upload(self._runs[outcome.also], shared)
+        self._log_model(run, draft, outcome)
         marks = {k: v for k, v in draft.marks.items() if run.tags.get(k) != v}
         if marks:
             self._client.log_batch(run.id, tags=[RunTag(k, v) for k, v in marks.items()])
             run.tags |= marks
         self._client.set_terminated(run.id, status=draft.status, end_time=draft.ended)
         run.status = draft.status
+
+    def _log_model(self, run: _Run, draft: Draft, outcome: Outcome) -> None:
+        """Log the system of a final run as an MLflow model."""
+        files = outcome.model()
+        if not files or draft.task is None:
+            return
+        if not run.model:
+            info = draft.group.benchmark
+            name = f"{draft.group.model}-{info.name}-seed-{draft.task.seed}"
+            made = self._client.create_logged_model(
+                self._experiment(draft.group), re.sub(r"[^\w-]", "-", name), run.id
+            )
+            run.model = made.model_id
+        with tempfile.TemporaryDirectory() as scratch:
+            log_model(self._client, run.model, run.id, files, Path(scratch))
 
     # -- finding and making ---------------------------------------------------------------------
 
@@ -167,23 +195,15 @@ class RunTree:
         """Make a run with all its tags."""
         tags = common_tags(self._job, draft, code_revision()) | draft.tags
         if draft.kind != "sweep":
-            tags["mlflow.parentRunId"] = self._parent(draft.group)
+            parent = draft.parent or parent_draft(self._job, draft.group)
+            # Its own turn may come later, and finds it then.
+            tags["mlflow.parentRunId"] = (self._find(parent) or self._create(parent)).id
         experiment = self._experiment(draft.group)
         self._in_doubt.add(draft.identity)
         made = self._client.create_run(experiment, start_time=draft.started, tags=tags)
         self._in_doubt.remove(draft.identity)
         self._runs[draft.identity] = _Run.of(made)
         return self._runs[draft.identity]
-
-    def _parent(self, group: Group) -> str:
-        """Return the sweep's own run, made if its sweep was never tracked."""
-        draft = parent_draft(self._job, group)
-        run = self._find(draft)
-        if run is None:
-            draft.close("FINISHED")
-            self.deliver(draft)
-            run = self._runs[draft.identity]
-        return run.id
 
     def _experiment(self, group: Group) -> str:
         """Return the experiment of a group's benchmark, made if needed."""
@@ -194,9 +214,8 @@ class RunTree:
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 try:
-                    # The tag makes the UI open the page of runs instead of its chat tooling.
                     self._experiments[name] = self._client.create_experiment(
-                        name, tags={"mlflow.experimentKind": "custom_model_development"}
+                        name, tags=experiment_tags()
                     )
                     self._looked_up |= {(name, True), (name, False)}  # it is empty
                 except MlflowException:  # made by somebody else meanwhile, or no answer
@@ -277,5 +296,6 @@ class RunTree:
             for name, data in files.items():
                 (Path(scratch) / name).write_bytes(data)
             # The client's own method would ask for the run first, to learn this address.
+            self._client.requests += len(files)
             place: Any = get_artifact_repository(run.artifacts, tracking_uri=self._uri)
             place.log_artifacts(scratch)
