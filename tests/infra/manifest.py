@@ -26,14 +26,13 @@ from tests.conftest import ROOT
 Document = dict[str, Any]
 
 K8S = ROOT / "k8s"
-PLATFORMS = ("base", "overlays/kind", "overlays/cloud-gpu", "overlays/gcs-ft")
-"""What is applied once."""
-JOBS = {
-    "base-jobs": "base",
-    "overlays/kind-jobs": "overlays/kind",
-    "overlays/cloud-gpu-jobs": "overlays/cloud-gpu",
+BUNDLES = {
+    "base": ("base", "base-jobs"),
+    "kind": ("overlays/kind", "overlays/kind-jobs"),
+    "cloud-gpu": ("overlays/cloud-gpu", "overlays/cloud-gpu-jobs"),
+    "gcs-ft": ("overlays/gcs-ft", "overlays/kind-jobs"),
 }
-"""What is applied to start something, and the platform it runs on."""
+"""An overlay's platform, applied once, and its jobs, applied to start something."""
 
 
 @functools.cache
@@ -51,6 +50,11 @@ def _rendered(folder: Path) -> str:
 def render(folder: str | Path) -> list[Document]:
     """Return the documents of ``k8s/<folder>``; skips the calling test where kubectl is absent."""
     return [doc for doc in yaml.safe_load_all(_rendered(K8S / folder)) if doc]
+
+
+def bundle(name: str) -> list[Document]:
+    """Return the platform and the jobs of an overlay."""
+    return [document for folder in BUNDLES[name] for document in render(folder)]
 
 
 def find(documents: Sequence[Document], kind: str, name: str) -> Document:
