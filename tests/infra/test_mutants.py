@@ -5,7 +5,6 @@ The first thirteen are those of shared/notes/infra.md, section 6: no single tool
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -213,10 +212,8 @@ OWN = {
 @pytest.mark.parametrize("name", [*NOTES, *OWN])
 def test_mutant_is_caught(name: str) -> None:
     mutant = (NOTES | OWN)[name]
-    good = bundle("kind")
-    documents = copy.deepcopy(good)
+    documents = bundle("kind")  # passes as it is: test_manifests
     mutant.change(documents)
-    assert CHECKS[mutant.check](good) == []
     found = CHECKS[mutant.check](documents)
     assert any(mutant.says in line for line in found), found
     assert all("\n" not in line for line in found)

@@ -223,8 +223,9 @@ def _workers(job: Job, cluster: Document, pods: int, step: str) -> Document:
     group = _group_for(job, need, cluster["workerGroupSpecs"])
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     per_pod = _fit(group, need)
-    runs = len(job.benchmarks) * len(job.models)
-    runs = runs * math.ceil(job.search.trials / need.width) if step == "sweep" else runs
+    groups = len(job.benchmarks) * len(job.models)
+    each = math.ceil(job.search.trials / need.width) if step == "sweep" else job.test.seeds
+    runs = groups * each
     most = math.ceil(runs * need.workers / per_pod)
     one = math.ceil(need.workers / per_pod)
     wanted = math.ceil(need.concurrent * need.workers / per_pod)
