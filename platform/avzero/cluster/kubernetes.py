@@ -84,11 +84,11 @@ def rayjob_documents(
     """
     name = rayjob_name(job, step)
     filled = copy.deepcopy(form)
-    labels = {**form["metadata"].get("labels", {}), STEP_LABEL: step, SWEEP_LABEL: name}
-    metadata = {"name": name, "labels": labels}
-    if "namespace" in form["metadata"]:
-        metadata["namespace"] = form["metadata"]["namespace"]
-    filled["metadata"] = metadata
+    labels = {STEP_LABEL: step, SWEEP_LABEL: name}
+    space = {key: form["metadata"][key] for key in ("namespace",) if key in form["metadata"]}
+    # Further labels of the form stay with the RayJob: they may put it into a queue.
+    all_labels = form["metadata"].get("labels", {}) | labels
+    filled["metadata"] = {"name": name, "labels": all_labels} | space
     spec = filled["spec"]
     spec["jobId"] = name
     spec["entrypoint"] = entrypoint(job, step)
@@ -105,7 +105,7 @@ def rayjob_documents(
     files = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {**metadata, "name": f"{name}-job"},
+        "metadata": {"name": f"{name}-job", "labels": labels} | space,
         "data": {f"{job.name}.yaml": text},
     }
     return [files, filled]
