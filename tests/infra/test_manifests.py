@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -188,3 +189,24 @@ def test_commands_are_what_the_manifests_say() -> None:
         "mlflow",
         "server",
     ]
+
+
+def test_image_is_pinned_and_not_root() -> None:
+    lines = (K8S / "Dockerfile").read_text().splitlines()
+    assert re.fullmatch(r"ARG PYTHON=3\.11\.\d+-slim-\w+", lines[5]), lines[5]
+    assert {line for line in lines if line.startswith("FROM")} == {
+        "FROM python:${PYTHON} AS build",
+        "FROM python:${PYTHON}",
+    }
+    assert "PIP_CONSTRAINT=/src/constraints.txt" in " ".join(lines)
+    uid = next(line for line in lines if line.startswith("USER")).split()[1].partition(":")[0]
+    users = {pod.spec["securityContext"]["runAsUser"] for pod in pods(bundle("base"))}
+    assert users == {int(uid)}
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = {
+        w
+        for line in lines
+        if line.startswith("COPY") and "--from" not in line
+        for w in line.split()[1:-1]
+    }
+    assert {f"!{name}" for name in copied} <= set(ignored)
