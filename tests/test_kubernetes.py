@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from avzero.spec import Job, load_job
 from tests.conftest import ROOT
 
 DEMO = load_job(ROOT / "jobs" / "demo.yaml")
+SWEEP = load_form()
 
 
 def changed(**changes: Any) -> Job:
@@ -34,9 +35,7 @@ def changed(**changes: Any) -> Job:
 
 def workers(job: Job, pods: int = 0) -> dict[str, Any]:
     """Return the worker group rendered for a job."""
-    (group,) = rayjob_documents(job, load_form(), pods)[1]["spec"]["rayClusterSpec"][
-        "workerGroupSpecs"
-    ]
+    (group,) = rayjob_documents(job, SWEEP, pods)[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     return group  # type: ignore[no-any-return]
 
 
@@ -213,3 +212,32 @@ def test_quantities() -> None:
     for wrong in ("", "2Gigs", "1Ki1", "KiB", "1 Gi", "--1"):
         with pytest.raises(ValueError, match="is no quantity"):
             quantity(wrong)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path to everything in a document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*path, key))
+
+
+def test_a_damaged_template_is_refused_in_one_line_or_rendered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refused = 0
+    for number, path in enumerate(places(SWEEP)):
+        damaged = copy.deepcopy(SWEEP)
+        at = damaged
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = (None, "x", [], {})[number % 4]
+        monkeypatch.setattr("avzero.cluster.kubernetes.load_form", lambda _, d=damaged: d)
+        monkeypatch.setattr("yaml.dump_all", lambda *_, **__: "")  # the slow part
+        try:
+            render_rayjob(DEMO)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 20

@@ -49,7 +49,13 @@ def render_rayjob(job: Job, template: str = "", pods: int = 0) -> str:
     Raises:
         UserError: the template has no place for what the job needs, or KubeRay would refuse it.
     """
-    documents = rayjob_documents(job, load_form(template), pods)
+    try:
+        documents = rayjob_documents(job, load_form(template), pods)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{template or FORM}: its RayJob is not shaped like one "
+            f"({type(error).__name__}: {error}); render it with kubectl kustomize k8s/…-jobs"
+        ) from error
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100)
 
 
