@@ -27,6 +27,7 @@ os.environ.update(
     }
 )
 os.environ.pop("AVZERO_STORE", None)
+os.environ.pop("AVZERO_TRACKING", None)
 os.environ.pop("AVZERO_PATH", None)
 
 import pytest

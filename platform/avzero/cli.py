@@ -265,7 +265,10 @@ JobStore = Annotated[
     str | None, typer.Option("--store", envvar="AVZERO_STORE", help="Instead of the job's store.")
 ]
 TrackingOption = Annotated[
-    str | None, typer.Option("--tracking", help="MLflow URI instead of the job's; 'off' for none.")
+    str | None,
+    typer.Option(
+        "--tracking", envvar="AVZERO_TRACKING", help="MLflow URI instead of the job's; 'off': none."
+    ),
 ]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Ray cluster; default: one on this machine.")

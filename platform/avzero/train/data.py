@@ -284,7 +284,7 @@ def headline(
                 distances = []
                 for model, z, table in zip(models, embedded, tables, strict=True):
                     own = model.distances({k: x[rows] for k, x in z.items()}, table, squared)
-                    distances.append(_of_present(own, stage.scaling.absent)[BOTH])
+                    distances.append(of_present(own, stage.scaling.absent)[BOTH])
                 facts = data.facts_of_many(torch.stack(distances), labels[rows])
                 for parts, part in zip(found, facts, strict=True):
                     parts.append(part)
