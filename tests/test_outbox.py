@@ -154,3 +154,48 @@ def test_outbox_under_many_writers() -> None:
     whole = list(range(50))
     assert sum(d == whole for d in case.delivered) >= 20
     assert ended(case.box) and case.box._entries == {} and case.box._waiting == 0
+
+
+def test_outbox_keeps_the_order_of_a_key() -> None:
+    """Another item of the same key waits for the one before it, even one that keeps failing."""
+    case = _Box()
+    case.gate.clear()
+    case.errors = [OSError("no")] * 5
+    case.box.put("a", [1])
+    case.box.put("b", [9], last=True)
+    time.sleep(0.05)  # the first is being delivered
+    case.box.put("a", [2], last=True)
+    case.box.put("a", [3], last=True)
+    case.gate.set()
+    assert case.box.drain() and [d for d in case.delivered if d != [9]] == [[1], [2], [3]]
+    assert ended(case.box)
+
+
+def test_outbox_drops_a_refused_item_not_those_after_it() -> None:
+    case = _Box()
+    case.gate.clear()
+    case.errors = [OSError("never")] * 3
+    for n in range(2):
+        case.box.put("a", [n], last=True)
+    case.gate.set()
+    assert case.box.drain() and case.delivered == [[1]]
+    assert case.lines == ["Box: [0] is not logged (never)"]
+
+
+def test_outbox_delivers_behind_everything_put_before() -> None:
+    """Not at the place where the item was first put, nor before what lingers or fails."""
+    case = _Box()
+    case.gate.clear()
+    whole = [0]
+    case.box.put("whole", whole)
+    case.box.put("late", [1], wait=0.1)
+    case.box.put("failing", [2])
+    whole.append(9)
+    case.box.put("whole", whole, last=True, behind=True)
+    case.box.put("after", [3], last=True)
+    case.errors = [OSError("no")] * 4
+    case.gate.set()
+    deadline = time.monotonic() + 5
+    while [0, 9] not in case.delivered[-1:] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert case.delivered[-1] == [0, 9] and sorted(case.delivered[:-1])[-3:] == [[1], [2], [3]]

@@ -161,8 +161,8 @@ def test_mlflow_tree(finished: tuple[Sweep, Recorder, Path]) -> None:
         assert one.data.metrics["HM"] == pytest.approx(100 * view.hm)
         files = {f.path for f in client.list_artifacts(one.info.run_id)}
         best = one.data.tags["avzero.number"] == parent.data.tags["avzero.best_trial"]
-        wanted = {"per_class.csv", "model.safetensors"} if view.state == "complete" else set()
-        assert files == wanted | (pictures if best else set())
+        wanted = {"model.safetensors"} if view.state == "complete" else set()
+        assert files == wanted | (pictures | tables if best else set())
     for one in by_kind["test"]:
         stored = run.store.storage
         (record,) = [
@@ -180,7 +180,7 @@ def test_mlflow_tree(finished: tuple[Sweep, Recorder, Path]) -> None:
         files = {f.path for f in client.list_artifacts(one.info.run_id)}
         assert files == {"run.yaml", "learning_curves.png", "model.safetensors"}
     files = {f.path for f in client.list_artifacts(parent.info.run_id)}
-    assert files == pictures | tables | {"job.yaml"}
+    assert files == pictures | tables | {"job.yaml", "per_class_of_trials.parquet"}
     assert parent.info.status == "FINISHED"
 
 

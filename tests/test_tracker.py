@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from avzero.data.store import FeatureStore
@@ -110,8 +112,9 @@ def assert_complete(stub: MlflowStub, trials: Sequence[TrialView]) -> None:
         assert [m["value"] for m in run["metrics"] if m["key"] == "HM"] == [100 * trial.hm]
         assert len({m["key"] for m in run["metrics"]}) <= METRIC_KEYS
         assert all(run["start_time"] <= m["timestamp"] <= run["end_time"] for m in run["metrics"])
-        files = {name.split("/")[-1] for name in stub.artifacts if run["id"] in name}
-        assert ("per_class.csv" in files) == (trial.state == "complete")
+    files = [name for name in stub.artifacts if parent["id"] in name]
+    complete = any(trial.state == "complete" for trial in trials)
+    assert any(name.endswith("/per_class_of_trials.parquet") for name in files) == complete
 
 
 # -- requests -----------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ def assert_complete(stub: MlflowStub, trials: Sequence[TrialView]) -> None:
 def test_requests_of_a_sweep(
     stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
 ) -> None:
-    """Three requests for a trial stopped early, four for a complete one."""
+    """Three requests a trial; recalls by class of all of them are one file."""
     tracker = MlflowTracker(stub.uri, job)
     run_sweep(tracker, group, trials)
     assert_complete(stub, trials)
@@ -138,9 +141,15 @@ def test_requests_of_a_sweep(
     assert {m["key"]: m["value"] for m in parent["metrics"]}["HM"] == 30.0
     pictures = {"learning_curves.png", "seen_unseen_curve.png"}
     tables = {"seen_unseen_curve.csv", "per_class.csv", "retrieval.csv"}
-    assert files_of(stub, parent) == pictures | tables | {"job.yaml"}
-    assert files_of(stub, best) == pictures | {"per_class.csv"}
-    assert stub.counts["artifacts"] == 6 + 3 + 1
+    assert files_of(stub, best) == pictures | tables
+    own = {"job.yaml", "per_class_of_trials.parquet"}
+    assert files_of(stub, parent) == pictures | tables | own
+    assert stub.counts["artifacts"] == 5 + 5 + 2
+    (table,) = (d for name, d in stub.artifacts.items() if name.endswith(".parquet"))
+    rows = pq.read_table(io.BytesIO(table))
+    assert rows.column_names == ["trial", "class_id", "recall", "zsl"]
+    assert Counter(rows["trial"].to_pylist()) == {0: 40, 3: 40}
+    assert rows["zsl"].null_count == 40 and rows["recall"][0].as_py() == pytest.approx(0.2)
 
 
 def files_of(stub: MlflowStub, run: dict[str, Any]) -> set[str]:

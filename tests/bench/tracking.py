@@ -5,10 +5,11 @@
 A stub server in another process counts requests by endpoint. Trials go through the tracker's hooks
 as in a sweep: ``mixed`` stops six of nine at epoch 4 and two at 12, as halving with rungs at 4, 12
 and 36 does, or every trial is complete. ``fast``: epochs come at once. ``slow``: whatever a trial
-had when it survived a rung is a request of its own, as it is where epochs take long. Weights are
-not logged; with ``checkpoints: all`` add one request per complete trial. Requests include those of
-the sweep itself. Goals (issue 4): at most 5 requests per run, and for logging at most 30 of the 50
-CPU-ms per configuration.
+had when it survived a rung is due at once, as it is where epochs take long; the tracker's budget
+says whether it is sent. Weights are not logged: with ``checkpoints: all`` a complete trial takes
+one request more, from the same budget (tests/test_tracker_order.py counts those). Requests include
+those of the sweep itself. Goals (issue 4): at most 5 requests per run, and for logging at most 30
+of the 50 CPU-ms per configuration.
 
 The last line is what taking up costs: the same command over a sweep that is complete.
 """

@@ -5,10 +5,11 @@ runs instead of adding copies, and a deleted tracking database is filled again f
 Scores are logged in percent, as the field prints them; the store keeps fractions.
 
 Hooks only note what happened. One thread sends it, so no trial ever waits for MLflow: nothing
-before a trial's first rung, then one ``log_batch`` per rung, and at its end everything that is
-left. A trial that was stopped early costs three requests (make, log, close), a complete one four,
-five with its weights; each rung that a trial outlives by more than ten seconds adds one. A server
-that does not answer is asked again; what it never got, the next call of the same command fills in.
+before a trial's first rung, then at most one ``log_batch`` per rung, and at its end everything
+that is left. A trial costs three requests (make, log, close), four with its weights; a rung that it
+outlives by more than ten seconds adds one, as long as the sweep keeps to five per run (``Budget``).
+A server that does not answer is asked again; what it never got, the next call of the same command
+fills in.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from avzero.spec import Job
 from avzero.track.outbox import Outbox
 from avzero.track.payload import (
     BEST_TRIAL,
+    COMPLETE_TRIALS,
     STATUS,
     Draft,
-    best_outcome,
     final_draft,
     final_identity,
     parent_draft,
     stage_2_outcome,
+    sweep_outcome,
     test_outcome,
     trial_draft,
     trial_outcome,
@@ -90,7 +92,9 @@ class MlflowTracker(Listener):
             _is_refusal,
             f"MLflow at {uri}",
         )
-        self._groups: list[Group] = []
+        self._parents: dict[str, Draft] = {}
+        """By group: one draft for all that happens to a sweep's own run, so that its beginning
+        can never come after its end."""
         self._open: dict[str, Draft] = {}
         self._closed: set[str] = set()
         self._rungs: dict[int, frozenset[int]] = {}
@@ -99,10 +103,9 @@ class MlflowTracker(Listener):
 
     def sweep_started(self, job: Job, groups: Sequence[Group], done: Sequence[TrialView]) -> None:
         """Make experiments and parent runs; fill in trials an earlier tracker did not see."""
-        self._groups = list(groups)
-        for group in groups:
-            parent = parent_draft(job, group)
-            self.outbox.put(parent.identity, parent, last=True)
+        self._parents = {group.key: parent_draft(job, group) for group in groups}
+        for parent in self._parents.values():
+            self.outbox.put(parent.identity, parent)
         for view in done:
             self._fill_in(view)
 
@@ -159,26 +162,24 @@ class MlflowTracker(Listener):
         for draft in self._open.values():
             if draft.epochs:
                 self.outbox.put(draft.identity, draft, last=True)
-        for group in self._groups:
-            self._close_parent(group, trials, "KILLED" if interrupted else "FINISHED")
+        for parent in self._parents.values():
+            mine = [trial for trial in trials if trial.group.key == parent.group.key]
+            self._close_parent(parent, mine, "KILLED" if interrupted else "FINISHED")
         self._open.clear()
         self._closed.clear()
-        self._groups.clear()
+        self._parents.clear()
         self.outbox.drain()
 
-    def _close_parent(self, group: Group, trials: Sequence[TrialView], status: str) -> None:
-        """Have a sweep's own run closed, after its trials."""
-        parent = parent_draft(self._job, group)
-        parent.files = dict  # sent when the sweep began
-        mine = [t for t in trials if t.group.key == group.key and t.state == "complete"]
-        best = max(mine, key=lambda t: (t.hm, -t.number), default=None)
+    def _close_parent(self, parent: Draft, trials: Sequence[TrialView], status: str) -> None:
+        """Have a sweep's own run closed, after its trials: the best of them gets pictures."""
+        complete = [trial for trial in trials if trial.state == "complete"]
+        best = max(complete, key=lambda trial: (trial.hm, -trial.number), default=None)
         if best is None:
             parent.close(status)
         else:
-            parent.marks = {BEST_TRIAL: str(best.number)}
-            parent.close(status, functools.partial(best_outcome, best))
-        # Another key: one item would be sent at the place where the sweep began.
-        self.outbox.put(f"{parent.identity} end", parent, last=True)
+            parent.marks = {BEST_TRIAL: str(best.number), COMPLETE_TRIALS: str(len(complete))}
+            parent.close(status, functools.partial(sweep_outcome, best, complete))
+        self.outbox.put(parent.identity, parent, last=True, behind=True)
 
     # -- final runs -----------------------------------------------------------------------------
 
@@ -186,6 +187,11 @@ class MlflowTracker(Listener):
         """Note when a final run began; a stage 1 before it is over."""
         for identity in [name for name in self._open if name.endswith("-stage1")]:
             self._finish(self._open.pop(identity))
+        if final.group.key not in self._parents:
+            # The sweep was tracked by an earlier call, or by none.
+            parent = self._parents[final.group.key] = parent_draft(self._job, final.group)
+            parent.only_missing = True
+            self._finish(parent)
         for kind in ("stage2", "test") if final.task.stage == 2 else ("stage1",):
             draft = final_draft(final, kind)
             self._open[draft.identity] = draft

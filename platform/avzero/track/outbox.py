@@ -1,9 +1,11 @@
 """A queue emptied by one background thread: who adds to it never waits, and never fails.
 
-Items are delivered in the order they fall due. A delivery that fails is tried again, after a pause
-that doubles from half a second to eight; the first trouble is reported in one line, not every
-time. Delivering twice must be harmless: an item is delivered again after it failed half-way, or
-when it fell due again meanwhile.
+Items are delivered in the order they fall due. Those of one key keep the order in which they were
+put, whatever fails: there is one entry per key, and it delivers its oldest item until that is done.
+An item put ``behind`` waits for all that was there before it. A delivery that fails is tried again,
+after a pause that doubles from half a second to eight; the first trouble is reported in one line,
+not every time. Delivering twice must be harmless: an item is delivered again after it failed
+half-way, or when it fell due again meanwhile.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import itertools
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -28,11 +31,17 @@ _REFUSALS_TOLD = 3
 @dataclass
 class _Entry(Generic[Item]):
     key: str
-    item: Item
+    items: deque[Item]
+    """The one to deliver, then what was put for the same key since."""
+    born: int
+    """Its place for items that go behind all others."""
     order: int
+    """Its place among entries that fall due at the same moment."""
     due: float | None = None
     """When to deliver, by the monotonic clock; None: nothing to deliver at present."""
     last: bool = False
+    """Of the newest item."""
+    behind: bool = False
     failures: int = 0
 
 
@@ -83,20 +92,30 @@ class Outbox(Generic[Item]):
         self._told = False
         self._dropped = 0
 
-    def put(self, key: str, item: Item, wait: float = 0.0, last: bool = False) -> None:
+    def put(
+        self, key: str, item: Item, wait: float = 0.0, last: bool = False, behind: bool = False
+    ) -> None:
         """Have an item delivered.
 
         Args:
-            key: what identifies it; an item that is here already falls due at the earlier time.
+            key: what identifies it; an item that is here already falls due at the earlier time,
+                another one of the same key goes first.
             item: what to deliver.
             wait: seconds to wait, so that what is added meanwhile goes with it.
             last: nothing will be added to the item any more: forget it once it is delivered.
+            behind: not before everything that was put earlier is delivered or given up.
         """
         with self._changed:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._entries[key] = _Entry(key, item, next(self._orders))
+                order = next(self._orders)
+                entry = self._entries[key] = _Entry(key, deque([item]), order, order)
+            elif entry.items[-1] is not item:
+                entry.items.append(item)
+                entry.last = False
             entry.last |= last
+            if behind:
+                entry.behind, entry.born = True, self._move_back(entry)
             self._schedule(entry, time.monotonic() + wait)
             if self._thread is None:
                 # A daemon: a receiver that hangs must not keep the program from ending.
@@ -110,6 +129,19 @@ class Outbox(Generic[Item]):
         if entry.due is None or due < entry.due:
             entry.due = due
             heapq.heappush(self._calendar, (due, entry.order, entry.key))
+
+    def _move_back(self, entry: _Entry[Item]) -> int:
+        """Take an entry off the calendar and give it the last place; the lock is held."""
+        self._waiting -= entry.due is not None
+        entry.due, entry.order = None, next(self._orders)
+        return entry.order
+
+    def _blockers(self, entry: _Entry[Item]) -> list[float]:
+        """Return when those fall due that an entry must let go first; the lock is held."""
+        if not entry.behind:
+            return []
+        others = (o for o in self._entries.values() if o.born < entry.born)
+        return [other.due for other in others if other.due is not None]
 
     def drain(self) -> bool:
         """Wait until everything is delivered; return whether it is.
@@ -154,17 +186,25 @@ class Outbox(Generic[Item]):
 
     def _run(self) -> None:
         """Deliver until there is nothing left."""
-        while (entry := self._next()) is not None:
-            error: Exception | None = None
-            try:
-                self._deliver(entry.item)
-            except Exception as problem:  # noqa: BLE001 - reported in _note, whatever it is
-                error = problem
-            with self._changed:
-                self._waiting -= 1
-                self._note(entry, error)
-                if not self._waiting:
-                    self._changed.notify_all()
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        """Wait for the next item and deliver it; return whether there was one."""
+        entry = self._next()
+        if entry is None:
+            return False
+        error: Exception | None = None
+        try:
+            self._deliver(entry.items[0])
+        except Exception as problem:  # noqa: BLE001 - reported in _note, whatever it is
+            error = problem
+        with self._changed:
+            self._waiting -= 1
+            self._note(entry, error)
+            if not self._waiting:
+                self._changed.notify_all()
+        return True
 
     def _next(self) -> _Entry[Item] | None:
         """Wait for the next item to deliver; None, and the thread ends, when all are forgotten."""
@@ -177,6 +217,10 @@ class Outbox(Generic[Item]):
                 entry = self._entries.get(key)
                 if entry is None or (entry.due, entry.order) != (due, order):
                     heapq.heappop(self._calendar)
+                    continue
+                if blockers := self._blockers(entry):
+                    self._move_back(entry)
+                    self._schedule(entry, max(due, *blockers))
                     continue
                 start = max(0.0 if self._hurry else due, self._not_before)
                 if (pause := start - time.monotonic()) > 0:
@@ -192,8 +236,8 @@ class Outbox(Generic[Item]):
         """Take note of how a delivery went; the lock is held."""
         if error is None:
             self._failures, self._gave_up, entry.failures = 0, False, 0
-            if entry.last and entry.due is None:
-                del self._entries[entry.key]
+            if len(entry.items) > 1 or (entry.last and entry.due is None):
+                self._done(entry)
             return
         now = time.monotonic()
         expected = isinstance(error, self._expected)
@@ -209,8 +253,7 @@ class Outbox(Generic[Item]):
         self._failed_at = now
         self._not_before = now + _PAUSES[min(self._failures, len(_PAUSES)) - 1]
         if entry.failures >= _TRIES:
-            self._waiting -= entry.due is not None
-            entry.due, entry.order = None, next(self._orders)
+            self._move_back(entry)
         self._schedule(entry, now if entry.failures >= _TRIES else 0.0)
         # The first failure may be a connection that was closed while idle: nothing to report.
         if self._failures > 1 and not refused and not self._told:
@@ -221,12 +264,22 @@ class Outbox(Generic[Item]):
             )
 
     def _drop(self, entry: _Entry[Item], why: str) -> None:
-        """Forget an entry that can never be delivered; the lock is held."""
-        self._waiting -= entry.due is not None
-        del self._entries[entry.key]
+        """Give up an item that can never be delivered; the lock is held."""
+        item = entry.items[0]
+        self._done(entry)
         self._dropped += 1
         if self._dropped <= _REFUSALS_TOLD:
-            self._say(f"{self._receiver}: {entry.item} is not logged ({why})")
+            self._say(f"{self._receiver}: {item} is not logged ({why})")
+
+    def _done(self, entry: _Entry[Item]) -> None:
+        """Forget an entry's oldest item, and the entry with its only one; the lock is held."""
+        entry.items.popleft()
+        entry.failures = 0
+        if entry.items:
+            self._schedule(entry, time.monotonic())
+            return
+        self._waiting -= entry.due is not None
+        del self._entries[entry.key]
 
 
 def _runs(count: int) -> str:

@@ -1,9 +1,10 @@
 """What MLflow is told about a run: tags, parameters, metrics and files. No requests are made here.
 
-A run has at most 15 metric keys: 8 per epoch and 7 of its result. A trial that is complete carries
-one file, ``per_class.csv``; everything else about it is in its folder in the store, which the tag
-``avzero.folder`` names. Pictures cost 100 ms of CPU and more each, so they are drawn for the best
-trial of a sweep and for final runs only.
+A run has at most 15 metric keys: 8 per epoch and 7 of its result. A trial carries no files but its
+weights, where the job wants them: recalls by class of all trials are one table of the sweep's own
+run, everything else about a trial is in its folder in the store, which the tag ``avzero.folder``
+names. Pictures cost 100 ms of CPU and more each, so they are drawn for the best trial of a sweep
+and for final runs only.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ METRIC_KEYS = 15
 EPOCH_KEYS = 8
 RUNNING = "RUNNING"
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
-BEST_TRIAL = "avzero.best_trial"
+BEST_TRIAL, COMPLETE_TRIALS = "avzero.best_trial", "avzero.complete_trials"
 _PERCENT = ("S", "U", "HM", "ZSL")
 
 
@@ -52,8 +53,10 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     files: Files = dict
+    shared: Files = dict
+    """These go to another run as well."""
     also: str = ""
-    """Identity of another run that gets the pictures, too."""
+    """Identity of that run."""
 
 
 @dataclass(eq=False)
@@ -185,28 +188,24 @@ def trial_outcome(job: Job, trial: TrialView) -> Outcome:
         outcome.tags["avzero.parameters"] = str(result.parameters)
     elif trial.best is not None:
         outcome.metrics = headline(trial.best.val)
-    keep = trial.state == "complete" and job.tracking.checkpoints == "all"
-
-    def files() -> dict[str, bytes]:
-        table = {} if result is None else {"per_class.csv": per_class(result)}
-        return table | (weights(trial.folder) if keep else {})
-
-    outcome.files = files
+    if trial.state == "complete" and job.tracking.checkpoints == "all":
+        outcome.files = lambda: weights(trial.folder)
     return outcome
 
 
-def best_outcome(trial: TrialView) -> Outcome:
-    """Return what a sweep's own run gets from its best trial, which gets the pictures, too."""
-    result, outcome = trial.result, Outcome(also=trial.task.id)
+def sweep_outcome(best: TrialView, complete: Sequence[TrialView]) -> Outcome:
+    """Return what a sweep's own run gets at its end; the best trial gets its own pictures, too."""
+    result, outcome = best.result, Outcome(also=best.task.id)
     if result is not None:
         outcome.metrics = result_metrics(result)
         outcome.tags["avzero.parameters"] = str(result.parameters)
+    outcome.files = lambda: {"per_class_of_trials.parquet": per_class_of_trials(complete)}
 
-    def files() -> dict[str, bytes]:
-        curves = _learning(trial.epochs, f"{trial.group.key}, trial {trial.number}")
+    def shared() -> dict[str, bytes]:
+        curves = _learning(best.epochs, f"{best.group.key}, trial {best.number}")
         return curves | ({} if result is None else result_files(result))
 
-    outcome.files = files
+    outcome.shared = shared
     return outcome
 
 
@@ -290,6 +289,23 @@ def per_class(result: Result) -> bytes:
     """Return the table of recalls by class."""
     header = ("class_id", "recall", "zsl", "count")
     return _csv(header, zip(*(result.per_class[k] for k in header), strict=True))
+
+
+def per_class_of_trials(trials: Sequence[TrialView]) -> bytes:
+    """Return the recalls by class of all complete trials as one Parquet table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"class_id": pa.int32(), "recall": pa.float32(), "zsl": pa.float32()}
+    columns: dict[str, list[Any]] = {name: [] for name in ("trial", *kinds)}
+    for trial in trials:
+        table = trial.result.per_class if trial.result else {name: [] for name in kinds}
+        columns["trial"] += [trial.number] * len(table["class_id"])
+        for name in kinds:
+            columns[name] += table[name]
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns, pa.schema({"trial": pa.int32()} | kinds)), out)
+    return out.getvalue()
 
 
 def weights(folder: RunFolder) -> dict[str, bytes]:

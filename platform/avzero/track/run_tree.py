@@ -1,9 +1,10 @@
 """Draft in, requests out: the tree of runs in MLflow. Used by the outbox's thread alone.
 
-A run costs one request to make, one ``log_batch`` each time there is news, one per file, and one
-to close. Nothing is asked per run: the runs of a sweep are looked up once, page by page, when the
-first of them is needed. The dataset, one request more, is attached to the sweep's own run and to
-final runs; trials are nested below the former and carry the digest as a tag.
+A run costs one request to make, one ``log_batch`` each time there is news (before its end the
+budget says how often), one per file, and one to close. Nothing is asked per run: the runs of a
+sweep are looked up once, page by page, when the first of them is needed. The dataset, one request
+more, is attached to the sweep's own run and to final runs; trials are nested below the former and
+carry the digest as a tag.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from avzero.revision import code_revision
 from avzero.spec import Job
+from avzero.track.budget import Budget, Counted
 from avzero.track.payload import (
     RUNNING,
     Draft,
@@ -73,12 +75,15 @@ class RunTree:
     """
 
     def __init__(self, client: Any, uri: str, job: Job) -> None:
-        self._client = client
+        self._client = Counted(client)
+        self._budget = Budget(self._client, uploads=job.tracking.checkpoints == "all")
         self._uri = uri
         self._job = job
         self._experiments: dict[str, str] = {}
         self._looked_up: set[tuple[str, bool]] = set()
         self._runs: dict[str, _Run] = {}
+        self._parents: dict[str, Draft] = {}
+        """By group."""
         self._in_doubt: set[str] = set()
         """Identities whose creation was not answered: MLflow may have made the run or not."""
 
@@ -87,6 +92,10 @@ class RunTree:
         # In this order: a closed draft has all its epochs.
         closed = draft.status != RUNNING
         count = len(draft.epochs)
+        if draft.kind == "sweep":
+            self._parents[draft.group.key] = draft
+        if draft.kind == "trial" and not closed and not self._budget.allows(draft.identity):
+            return  # the next rung, or the end, sends it all
         run = self._find(draft)
         if run is None:
             run = self._create(draft)
@@ -105,16 +114,18 @@ class RunTree:
         draft.files = dict
         if closed:
             self._close(run, draft, outcome)
+            if draft.kind == "trial":
+                self._budget.closed(draft.identity)
 
     def _close(self, run: _Run, draft: Draft, outcome: Outcome) -> None:
         """Send the files of the outcome, then the marks, then the status."""
         from mlflow.entities import RunTag
 
         files = outcome.files()
-        self._upload(run, files)
+        shared = outcome.shared()
+        self._upload(run, files | shared)
         if outcome.also in self._runs:
-            pictures = {name: data for name, data in files.items() if name.endswith(".png")}
-            self._upload(self._runs[outcome.also], pictures)
+            self._upload(self._runs[outcome.also], shared)
         marks = {k: v for k, v in draft.marks.items() if run.tags.get(k) != v}
         if marks:
             self._client.log_batch(run.id, tags=[RunTag(k, v) for k, v in marks.items()])
@@ -176,14 +187,9 @@ class RunTree:
         return self._runs[draft.identity]
 
     def _parent(self, group: Group) -> str:
-        """Return the sweep's own run, made if its sweep was never tracked."""
-        draft = parent_draft(self._job, group)
-        run = self._find(draft)
-        if run is None:
-            draft.close("FINISHED")
-            self.deliver(draft)
-            run = self._runs[draft.identity]
-        return run.id
+        """Return the sweep's own run; its draft may come later, and finds it then."""
+        draft = self._parents.setdefault(group.key, parent_draft(self._job, group))
+        return (self._find(draft) or self._create(draft)).id
 
     def _experiment(self, group: Group) -> str:
         """Return the experiment of a group's benchmark, made if needed."""
@@ -277,5 +283,6 @@ class RunTree:
             for name, data in files.items():
                 (Path(scratch) / name).write_bytes(data)
             # The client's own method would ask for the run first, to learn this address.
+            self._client.requests += len(files)
             place: Any = get_artifact_repository(run.artifacts, tracking_uri=self._uri)
             place.log_artifacts(scratch)
