@@ -297,7 +297,7 @@ def test_unknown_buckets_and_servers(server: Endpoint, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="Invalid bucket name"):
         S3Storage("s3://Not_A_Bucket!/x")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(UserError, match="cannot be reached .*check AWS_ENDPOINT_URL_S3"):
+    with pytest.raises(UserError, match=r"cannot be reached .*check AWS_ENDPOINT_URL_S3"):
         S3Storage(server.bucket)
 
 

@@ -358,7 +358,7 @@ class Mlflow:
 
     def ready(self) -> bool:
         """Return whether the API answers; /health says OK even while the database is down."""
-        request = urllib.request.Request(
+        request = urllib.request.Request(  # noqa: S310 - loopback
             f"{self.url}/api/2.0/mlflow/experiments/search",
             json.dumps({"max_results": 1}).encode(),
             {"Content-Type": "application/json"},
