@@ -25,13 +25,15 @@ BUCKET = "avzero"
 
 
 class Stack:
-    """The three servers below a folder."""
+    """The three servers below a folder; without ``ceph`` moto is the S3 server."""
 
-    def __init__(self, folder: Path = FOLDER, ports: dict[str, int] = PORTS) -> None:
+    def __init__(
+        self, folder: Path = FOLDER, ports: dict[str, int] = PORTS, ceph: bool = True
+    ) -> None:
         self.folder = folder
         self.postgres = Postgres(folder / "postgres", ports["postgres"])
         s3 = folder / "s3"
-        self.s3 = Moto(s3, ports["s3"]) if Rgw.missing() else Rgw(s3, ports["s3"])
+        self.s3 = Rgw(s3, ports["s3"]) if ceph and not Rgw.missing() else Moto(s3, ports["s3"])
         self.mlflow = Mlflow(
             folder / "mlflow",
             ports["mlflow"],
