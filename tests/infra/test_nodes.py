@@ -49,7 +49,7 @@ def test_node_that_is_killed(place: Path, tmp_path: Path) -> None:
         cluster.remove_node(nodes[0], allow_graceful=False)
         assert sweep.wait(200) == 0, (tmp_path / "log").read_text()
     finally:
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
     from avzero.data.store import FeatureStore
 
     done = Sweep(job, FeatureStore(job.store)).done()
