@@ -41,7 +41,8 @@ class Endpoint:
         """Return a boto3 client."""
         import boto3
 
-        return boto3.client("s3", endpoint_url=self.url)
+        # A session of its own: the common one keeps the first credentials it saw.
+        return boto3.Session().client("s3", endpoint_url=self.url)
 
 
 @contextmanager

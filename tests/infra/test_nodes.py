@@ -32,6 +32,7 @@ def test_node_that_is_killed(place: Path, tmp_path: Path) -> None:
     }
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(settings))
+    sweep: subprocess.Popen[bytes] | None = None
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -49,6 +50,9 @@ def test_node_that_is_killed(place: Path, tmp_path: Path) -> None:
         cluster.remove_node(nodes[0], allow_graceful=False)
         assert sweep.wait(200) == 0, (tmp_path / "log").read_text()
     finally:
+        if sweep is not None and sweep.poll() is None:
+            sweep.kill()
+            sweep.wait()
         cluster.shutdown()  # type: ignore[no-untyped-call]
     from avzero.data.store import FeatureStore
 

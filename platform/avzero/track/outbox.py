@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Generic, TypeVar
 
 from avzero.errors import UserError
@@ -88,7 +89,7 @@ class Outbox(Generic[Item]):
         self._receiver = receiver
         self._say = say or (lambda line: sys.stderr.write(f"avzero: {line}\n"))
         self._keep = keep
-        self._keeping = threading.Lock()
+        self._keeping = Lock()
         self._changed = threading.Condition()
         self._entries: dict[str, _Entry[Item]] = {}
         self._calendar: list[tuple[float, int, str]] = []
