@@ -59,7 +59,7 @@ def test_a_draft_comes_back_as_it_was(
     for name in ("identity", "kind", "name", "tags", "marks", "started", "status", "ended"):
         assert getattr(again, name) == getattr(draft, name), name
     assert (again.task, again.epochs, again.group) == (draft.task, draft.epochs, group)
-    before, after = draft.make_outcome(), again.make_outcome()
+    before, after = draft.make_outcome("r"), again.make_outcome("r")
     assert (after.metrics, after.tags, after.also) == (before.metrics, before.tags, before.also)
     assert after.files() == before.files() and "seen_unseen_curve.csv" in after.files()
     assert again.files() == draft.files() and "run.yaml" in again.files()

@@ -17,18 +17,19 @@ from avzero.data.store import FeatureStore
 from avzero.protocol.calibration import Calibration
 from avzero.protocol.seal import Frozen
 from avzero.spec import Job
-from avzero.track import mlflow_tracker, outbox, payload
+from avzero.track import files, mlflow_tracker, outbox
 from avzero.track.mlflow_tracker import MlflowTracker
 from avzero.track.outbox import Outbox
-from avzero.track.payload import METRIC_KEYS, epoch_metrics, result_metrics
+from avzero.track.payload import EPOCH_KEYS, METRIC_KEYS, epoch_metrics, rate, result_metrics
 from avzero.train.folder import RunFolder
 from avzero.tune.listener import FinalView, TrialView
 from avzero.tune.space import Group
 from tests.mlflow_stub import Fault, MlflowStub
 from tests.test_outbox import ended
-from tests.trials import epoch_of, result_of, trial_view
+from tests.trials import PICTURES, epoch_of, result_of, trial_view
 
 EPOCHS = 12
+SCORES = {"S", "U", "HM", "ZSL", "beta", "AUSUC"}
 SETTINGS: dict[str, Any] = {
     "name": "tracked",
     "benchmarks": ["tiny"],
@@ -44,8 +45,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the pauses after failures; a trial's end comes soon after its rung."""
     monkeypatch.setattr(outbox, "_PAUSES", (0.01, 0.02))
     monkeypatch.setattr(mlflow_tracker, "LINGER", 30.0)
-    for picture in ("learning_curves", "seen_unseen_curve"):
-        monkeypatch.setattr(payload, picture, lambda *_: b"picture")  # tests of sweeps draw them
+    for picture in PICTURES:
+        monkeypatch.setattr(files, picture, lambda *_: b"picture")  # tests of sweeps draw them
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def assert_complete(stub: MlflowStub, trials: Sequence[TrialView]) -> None:
     runs = {run["tags"]["avzero.run"]: run for run in stub.kind("trial")}
     assert len(stub.kind("trial")) == len(runs) == len(trials)
     (parent,) = stub.kind("sweep")
-    assert parent["status"] == "FINISHED"
+    assert parent["status"] == "FINISHED" and parent["start_time"] <= parent["end_time"]
     for trial in trials:
         run = runs[trial.task.id]
         assert run["status"] == {"complete": "FINISHED", "pruned": "KILLED"}[trial.state]
@@ -139,12 +140,28 @@ def test_requests_of_a_sweep(
     best = next(r for r in stub.kind("trial") if r["tags"]["avzero.number"] == "3")
     assert parent["tags"]["avzero.best_trial"] == "3"
     assert {m["key"]: m["value"] for m in parent["metrics"]}["HM"] == 30.0
-    pictures = {"learning_curves.png", "seen_unseen_curve.png"}
+    names = {run["tags"]["mlflow.runName"] for run in stub.runs.values()}
+    assert names == {
+        *("AVCA: search tracked", "AVCA: trial 0 (defaults)"),
+        *(f"AVCA: trial {n}" for n in (1, 2, 3)),
+    }
+    for run in stub.runs.values():
+        wanted = {"benchmark": "tiny", "model": "avca", "stage": "1", "seed": "42"}
+        wanted |= {"preset": "paper", "text": "w2v"}
+        assert wanted.items() <= run["tags"].items() and "VAL" in run["tags"]["selection"]
+        assert run["tags"]["feature_set"] and run["tags"]["dataset"]
+    note = parent["tags"]["mlflow.note.content"]
+    assert "4 trials: 2 complete, 2 stopped early. Trial 3 is the best on VAL:" in note
+    assert (
+        "**HM 30.00 %** (S 31.00, U 15.00" in note
+        and f"path=seen_unseen_curve.png&run_uuid={parent['id']}" in note
+    )
+    pictures = {"learning_curves.png", "seen_unseen_curve.png", "per_class_recall.png"}
     tables = {"seen_unseen_curve.csv", "per_class.csv", "retrieval.csv"}
     assert files_of(stub, best) == pictures | tables
-    own = {"job.yaml", "per_class_of_trials.parquet"}
+    own = {"job.yaml", "per_class_of_trials.parquet", "trials.csv", "parallel_coordinates.png"}
     assert files_of(stub, parent) == pictures | tables | own
-    assert stub.counts["artifacts"] == 5 + 5 + 2
+    assert stub.counts["artifacts"] == 6 + 6 + 4
     (table,) = (d for name, d in stub.artifacts.items() if name.endswith(".parquet"))
     rows = pq.read_table(io.BytesIO(table))
     assert rows.column_names == ["trial", "class_id", "recall", "zsl"]
@@ -201,17 +218,24 @@ def test_requests_keep_the_limits(stub: MlflowStub, store: FeatureStore, tmp_pat
             parts = [len(body.get(part, [])) for part in ("metrics", "params", "tags")]
             assert sum(parts) <= 1000 and max(parts[1:]) <= 100
             by_step = Counter(m["step"] for m in body["metrics"] if "/" in m["key"])
-            assert set(by_step.values()) == {8}
+            assert set(by_step.values()) == {EPOCH_KEYS - 1}
             seen += by_step
     assert seen == list(range(400))
 
 
 def test_at_most_fifteen_metric_keys() -> None:
+    """And the same columns everywhere: of a trial on VAL, of a TEST run on TEST."""
     per_epoch = set(epoch_metrics(epoch_of(0)))
-    trial = set(result_metrics(result_of("t"), METRIC_KEYS - len(per_epoch)))
-    assert len(per_epoch | trial) == METRIC_KEYS and {"HM", "AUSUC", "seconds"} <= trial
-    test = result_metrics(result_of("t", "test"))
-    assert len(test) <= METRIC_KEYS
+    one = {"S": 0.1, "U": 0.1, "HM": 0.1, "ZSL": 0.1, "beta": 0.5}
+    results = [result_of("t"), result_of("t", "test")]
+    for result in results:
+        result.scores.update(audio=one, video=one | {"HM": 0.2})
+    trial, test = (result_metrics(result) for result in results)
+    shared = {"S", "U", "HM", "ZSL", "beta", "AUSUC", "audio_HM", "video_HM"}
+    shared |= {"seconds", "parameters"}
+    assert set(trial) == shared < set(test) and trial["video_HM"] == 20.0
+    assert len(per_epoch) == EPOCH_KEYS and len(per_epoch | set(trial)) == METRIC_KEYS
+    assert len(test | rate([epoch_of(0)])) <= METRIC_KEYS
     assert {"S_source_disjoint", "retrieval/mAP_text_both_hm"} <= set(test)
 
 
@@ -338,7 +362,9 @@ def test_final_runs(stub: MlflowStub, job: Job, group: Group, trials: list[Trial
         assert len(stub.runs) == 5 and all(r["status"] == "FINISHED" for r in stub.runs.values())
     assert not (Counter(stub.counts) - before).keys() & {"runs/create", "runs/log-batch"}
     (parent,) = stub.kind("sweep")
+    assert not any("TEST" in m["key"] for m in parent["metrics"]) and not parent["metrics"]
     for run in stub.kind("stage2"):
+        assert {m["key"] for m in run["metrics"]}.isdisjoint(SCORES), "TEST is on TEST runs only"
         assert run["tags"]["mlflow.parentRunId"] == parent["id"]
         assert steps(run) == [0, 1, 2, 3] and run["params"]["stage"] == "2"
         assert files_of(stub, run) == {"run.yaml", "learning_curves.png"}
@@ -348,7 +374,7 @@ def test_final_runs(stub: MlflowStub, job: Job, group: Group, trials: list[Trial
         assert len(run["inputs"]) == 1
         assert files_of(stub, run) == {
             *("run.yaml", "seen_unseen_curve.png", "seen_unseen_curve.csv"),
-            *("per_class.csv", "retrieval.csv"),
+            *("per_class_recall.png", "per_class.csv", "retrieval.csv"),
         }
 
 
@@ -497,7 +523,11 @@ def test_refused_run_does_not_stop_the_others(
     stub.fault = fault
     run_sweep(tracker, group, trials)
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "run 'avca trial 0' is not logged (" in err and "400" in err
+    assert (
+        err.count("\n") == 1
+        and "run 'AVCA: trial 0 (defaults)' is not logged (" in err
+        and "400" in err
+    )
     stub.fault = lambda *_: None
     tracker = MlflowTracker(stub.uri, job)
     tracker.sweep_started(job, [group], trials)

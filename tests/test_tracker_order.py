@@ -15,14 +15,14 @@ import pytest
 
 from avzero.data.store import FeatureStore
 from avzero.spec import Job
-from avzero.track import payload
+from avzero.track import files, payload
 from avzero.track.mlflow_tracker import MlflowTracker
 from avzero.track.outbox import Outbox
 from avzero.tune.listener import TrialView
 from avzero.tune.space import Group
 from tests.mlflow_memory import MemoryClient, stepped
 from tests.mlflow_stub import MlflowStub
-from tests.trials import trial_view
+from tests.trials import PICTURES, trial_view
 
 EPOCHS = 12
 SETTINGS: dict[str, Any] = {
@@ -37,8 +37,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for picture in ("learning_curves", "seen_unseen_curve"):
-        monkeypatch.setattr(payload, picture, lambda *_: b"picture")
+    for picture in PICTURES:
+        monkeypatch.setattr(files, picture, lambda *_: b"picture")
 
 
 def group_of(store: FeatureStore, **changes: Any) -> Group:
@@ -132,6 +132,7 @@ def check(stub: MlflowStub, trials: Sequence[TrialView]) -> None:
     (parent,) = stub.kind("sweep")
     assert parent["status"] == "FINISHED", "its beginning came after its end"
     assert parent["tags"]["avzero.best_trial"] == "3"
+    assert parent["start_time"] <= parent["end_time"]
     runs = {run["tags"]["avzero.run"]: run for run in stub.kind("trial")}
     assert len(runs) == len(stub.kind("trial")) == len(trials)
     for trial in trials:

@@ -10,6 +10,9 @@ from avzero.train.records import Epoch, Result
 from avzero.tune.listener import TrialView
 from avzero.tune.space import Group
 
+PICTURES = ("learning_curves", "seen_unseen_curve", "recall_bars", "parallel_coordinates")
+"""What is drawn of made-up trials (``track.files``); tests that are not about pictures patch it."""
+
 
 def epoch_of(number: int, hm: float = 0.2, best: bool = True, replayed: bool = False) -> Epoch:
     """Return an epoch's record."""

@@ -38,9 +38,10 @@ CELLS = 1 << 23
 
 
 class Gallery:
-    """Keeps what one scoring pass over an evaluation set leaves for retrieval."""
+    """Keeps what one scoring pass over an evaluation set leaves for retrieval and for pictures."""
 
     def __init__(self) -> None:
+        self._whole: list[Tensor] = []
         self._embeddings: dict[str, list[Tensor]] = {}
         self._distances: dict[str, list[Tensor]] = {}
         self._target: list[Tensor] = []
@@ -61,7 +62,35 @@ class Gallery:
         for name in (*MODALITIES, BOTH):
             if name in distances:
                 self._distances.setdefault(name, []).append(distances[name])
+        if BOTH in embeddings:
+            self._whole.append(embeddings[BOTH])
         self._target.append(target)
+
+    def confusion(self, seen_ids: Tensor, unseen_ids: Tensor) -> Tensor:
+        """Return how many samples of each unseen class are nearest to each: int32 [K_u, K_u].
+
+        Rows are true classes, columns the nearest where only unseen classes are candidates.
+
+        Args:
+            seen_ids: int64 [K_s], in the order of the distances' first columns.
+            unseen_ids: int64 [K_u] ascending, in the order of those that follow.
+        """
+        target, n = torch.cat(self._target), len(unseen_ids)
+        rows = torch.isin(target, unseen_ids)
+        nearest = torch.cat(self._distances[BOTH])[rows, len(seen_ids) :].argmin(dim=1)
+        cells = torch.searchsorted(unseen_ids, target[rows]) * n + nearest
+        return torch.bincount(cells, minlength=n * n).view(n, n).int()
+
+    def sample(self, limit: int) -> tuple[Tensor, Tensor]:
+        """Return embeddings [n, o] of at most ``limit`` samples, evenly picked, and their classes.
+
+        Of a system without an embedding of the whole sample, none: [0, 0] and [0].
+        """
+        if not self._whole or self._whole[0].dim() != 2:
+            return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
+        target = torch.cat(self._target)
+        pick = torch.linspace(0, len(target) - 1, min(limit, len(target))).long()
+        return torch.cat(self._whole)[pick], target[pick]
 
     def scores(
         self, seen_ids: Tensor, unseen_ids: Tensor, absent: Collection[str] = ()

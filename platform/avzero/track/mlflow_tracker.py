@@ -135,14 +135,15 @@ class MlflowTracker(Listener):
     def _fill_in(self, view: TrialView) -> None:
         """Have an ended trial sent, unless it is in MLflow already."""
         if view.twin_of is None and view.task.id not in self._closed:
-            draft = self._open.pop(view.task.id, None) or trial_draft(view)
+            draft = self._draft(view)
+            del self._open[view.task.id]
             draft.only_missing = True
             for epoch in view.epochs[len(draft.epochs) :]:
                 draft.add(epoch)
             self._end(draft, view)
 
     def _end(self, draft: Draft, view: TrialView) -> None:
-        draft.close(STATUS[view.state], lambda: trial_outcome(self._job, view))
+        draft.close(STATUS[view.state], lambda run: trial_outcome(self._job, view))
         self._closed.add(draft.identity)
         self.outbox.put(draft.identity, draft, last=True)
 
@@ -152,7 +153,8 @@ class MlflowTracker(Listener):
 
     def _draft(self, trial: TrialView) -> Draft:
         if trial.task.id not in self._open:
-            self._open[trial.task.id] = trial_draft(trial)
+            draft = self._open[trial.task.id] = trial_draft(trial)
+            draft.parent = self._parents.get(trial.group.key)
         return self._open[trial.task.id]
 
     def epoch_ended(self, trial: TrialView, epoch: Epoch) -> None:
@@ -201,7 +203,7 @@ class MlflowTracker(Listener):
             parent.close(status)
         else:
             parent.marks = {BEST_TRIAL: str(best.number), COMPLETE_TRIALS: str(len(complete))}
-            parent.close(status, functools.partial(sweep_outcome, best, complete))
+            parent.close(status, functools.partial(sweep_outcome, best, trials))
         self.outbox.put(parent.identity, parent, last=True, behind=True)
 
     # -- final runs -----------------------------------------------------------------------------
@@ -218,6 +220,7 @@ class MlflowTracker(Listener):
             self._finish(parent)
         for kind in ("stage2", "test") if final.task.stage == 2 else ("stage1",):
             draft = final_draft(final, kind)
+            draft.parent = self._parents[final.group.key]
             self._open[draft.identity] = draft
 
     def final_epoch_ended(self, final: FinalView, epoch: Epoch) -> None:
@@ -233,8 +236,8 @@ class MlflowTracker(Listener):
         if stage_2 is None or test is None:
             return
         epochs = [epoch for _, epoch in stage_2.epochs]
-        stage_2.close("FINISHED", lambda: stage_2_outcome(self._job, final, epochs))
-        test.close("FINISHED", lambda: test_outcome(result))
+        stage_2.close("FINISHED", lambda run: stage_2_outcome(self._job, final, epochs, result))
+        test.close("FINISHED", lambda run: test_outcome(final, epochs, result))
         for draft in (stage_2, test):
             self.outbox.put(draft.identity, draft, last=True)
         # No hook follows the last TEST, so each of them sees its run through.

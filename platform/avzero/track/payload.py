@@ -1,6 +1,8 @@
 """What MLflow is told about a run: tags, parameters, metrics and files. No requests are made here.
 
-A run has at most 15 metric keys: 8 per epoch and 7 of its result. A trial carries no files but its
+A run has at most 15 metric keys, and the same ones stand for the same thing everywhere: a trial's
+S, U, HM, … are on VAL, a TEST run's on TEST, and the tag ``selection`` says what was chosen how.
+Nothing of TEST is on any other run. A trial carries no files but its
 weights, where the job wants them: recalls by class of all trials are one table of the sweep's own
 run, everything else about a trial is in its folder in the store, which the tag ``avzero.folder``
 names. Pictures cost 100 ms of CPU and more each, so they are drawn for the best trial of a sweep
@@ -9,36 +11,46 @@ and for final runs only.
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from avzero.canon import ID_LENGTH, canonical
-from avzero.protocol.calibration import BOTH
+from avzero.data.benchmark import MODALITIES
+from avzero.models._registry import model_class
+from avzero.protocol.calibration import BOTH, MISSING
 from avzero.spec import Job, Task
-from avzero.track.figures import learning_curves, seen_unseen_curve
-from avzero.train.folder import RunFolder
+from avzero.track.files import (
+    Files,
+    learning_files,
+    model_files,
+    per_class_of_trials,
+    result_files,
+    study_files,
+    weights,
+    yaml_file,
+)
+from avzero.track.note import sweep_note
 from avzero.train.records import Epoch, Result
 from avzero.tune.listener import FinalView, TrialView
 from avzero.tune.space import Group
 
 METRIC_KEYS = 15
 """At most so many columns per run: MLflow's charts and tables become slow with more."""
-EPOCH_KEYS = 8
+EPOCH_KEYS = 5
 RUNNING = "RUNNING"
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 BEST_TRIAL, COMPLETE_TRIALS = "avzero.best_trial", "avzero.complete_trials"
 _PERCENT = ("S", "U", "HM", "ZSL")
-
-
-Files = Callable[[], dict[str, bytes]]
-"""Name -> content, made when it is sent: pictures and weights should not wait in memory."""
+_STATE = {"complete": "complete", "pruned": "stopped early", "failed": "failed"}
+_PHASE = {"stage1": "stage 1 repeated", "stage2": "stage 2", "test": "TEST"}
+_SELECTION = {
+    "stage1": "best epoch by HM on VAL",
+    "stage2": "frozen on VAL",
+    "test": "frozen on VAL; TEST opened once",
+}
 
 
 def milliseconds() -> int:
@@ -57,6 +69,8 @@ class Outcome:
     """These go to another run as well."""
     also: str = ""
     """Identity of that run."""
+    model: Files = dict
+    """Files of a recogniser (``train.recogniser``) to log as an MLflow model, or none."""
 
 
 @dataclass(eq=False)
@@ -70,6 +84,8 @@ class Draft:
     name: str
     tags: dict[str, str] = field(default_factory=dict)
     task: Task | None = None
+    parent: Draft | None = None
+    """Of the sweep's own run."""
     files: Files = dict
     """Sent once, with the first news."""
     only_missing: bool = False
@@ -82,7 +98,8 @@ class Draft:
     nothing."""
     status: str = RUNNING
     ended: int = 0
-    make_outcome: Callable[[], Outcome] = Outcome
+    make_outcome: Callable[[str], Outcome] = lambda run: Outcome()
+    """Given MLflow's id of the run."""
     sent: int | None = None
     """Number of epochs MLflow has for certain; the sender's own note."""
 
@@ -93,7 +110,9 @@ class Draft:
         """Keep an epoch."""
         self.epochs.append((milliseconds(), epoch))
 
-    def close(self, status: str, make_outcome: Callable[[], Outcome] = Outcome) -> None:
+    def close(
+        self, status: str, make_outcome: Callable[[str], Outcome] = lambda run: Outcome()
+    ) -> None:
         """Say how the run ended; the outcome is made in the outbox's thread."""
         self.make_outcome = make_outcome
         self.ended = milliseconds()
@@ -109,8 +128,9 @@ def parent_draft(job: Job, group: Group) -> Draft:
         group,
         f"sweep-{job.name}-{group.key}",
         "sweep",
-        f"{job.name}: {group.model}",
-        files=lambda: {"job.yaml": _yaml(job.model_dump(mode="json"))},
+        f"{_title(group)}: search {job.name}",
+        {"stage": "1", "seed": str(job.seed), "selection": "best trial by HM on VAL"},
+        files=lambda: {"job.yaml": yaml_file(job.model_dump(mode="json"))},
     )
 
 
@@ -120,8 +140,12 @@ def trial_draft(trial: TrialView) -> Draft:
         "avzero.number": str(trial.number),
         "avzero.folder": trial.folder.url,
         "avzero.searched": canonical(trial.values),
+        "stage": "1",
+        "seed": str(trial.task.seed),
+        "selection": "best epoch by HM on VAL",
     }
-    name = f"{trial.group.model} trial {trial.number}"
+    first = " (published point)" if trial.group.published else " (defaults)"
+    name = f"{_title(trial.group)}: trial {trial.number}{'' if trial.number else first}"
     return Draft(trial.group, trial.task.id, "trial", name, tags, trial.task)
 
 
@@ -133,10 +157,16 @@ def final_draft(final: FinalView, kind: str) -> Draft:
         final.group,
         final_identity(final, kind),
         kind,
-        f"{final.group.model} {kind} seed {task.seed}",
-        {"avzero.trial": frozen.task.id, "avzero.frozen": frozen.digest},
+        f"{_title(final.group)}: {_PHASE[kind]}, seed {task.seed}",
+        {
+            "avzero.trial": frozen.task.id,
+            "avzero.frozen": frozen.digest,
+            "stage": str(task.stage),
+            "seed": str(task.seed),
+            "selection": _SELECTION[kind],
+        },
         task,
-        files=lambda: {"run.yaml": _yaml({"task": task.id} | record)},
+        files=lambda: {"run.yaml": yaml_file({"task": task.id} | record)},
         only_missing=final.stored,
     )
 
@@ -154,14 +184,15 @@ def common_tags(job: Job, draft: Draft, revision: str) -> dict[str, str]:
         "avzero.run": draft.identity,
         "avzero.sweep": job.name,
         "avzero.kind": draft.kind,
-        "avzero.benchmark": info.name,
         "avzero.digest": info.digest,
-        "avzero.dataset": info.dataset,
-        "avzero.feature_set": info.feature_set,
         "avzero.simulated": str(info.simulated).lower(),
-        "avzero.model": draft.group.model,
-        "avzero.preset": job.protocol.preset.value,
         "avzero.revision": revision,
+        "benchmark": info.name,
+        "dataset": info.dataset,
+        "feature_set": info.feature_set,
+        "text": draft.group.protocol.text,
+        "model": draft.group.model,
+        "preset": job.protocol.preset.value,
         "mlflow.runName": draft.name,
     }
 
@@ -180,49 +211,76 @@ def settings(task: Task) -> dict[str, str]:
 
 def trial_outcome(job: Job, trial: TrialView) -> Outcome:
     """Return what a trial's run gets at its end."""
-    result, outcome = trial.result, Outcome()
+    result, outcome = trial.result, Outcome(tags={"state": _STATE[trial.state]})
     if trial.reason:
         outcome.tags["avzero.reason"] = trial.reason
     if result is not None:
-        outcome.metrics = result_metrics(result, METRIC_KEYS - EPOCH_KEYS)
-        outcome.tags["avzero.parameters"] = str(result.parameters)
+        outcome.metrics = result_metrics(result)
     elif trial.best is not None:
         outcome.metrics = headline(trial.best.val)
+        outcome.metrics["seconds"] = round(sum(epoch.seconds for epoch in trial.epochs), 2)
     if trial.state == "complete" and job.tracking.checkpoints == "all":
         outcome.files = lambda: weights(trial.folder)
     return outcome
 
 
-def sweep_outcome(best: TrialView, complete: Sequence[TrialView]) -> Outcome:
-    """Return what a sweep's own run gets at its end; the best trial gets its own pictures, too."""
+def sweep_outcome(best: TrialView, trials: Sequence[TrialView], run: str) -> Outcome:
+    """Return what a sweep's own run gets at its end; the best trial gets its own pictures, too.
+
+    Args:
+        best: the winner on VAL.
+        trials: all of its group.
+        run: MLflow's name of the sweep's run, for links to its pictures.
+    """
     result, outcome = best.result, Outcome(also=best.task.id)
+    own = [trial for trial in trials if trial.twin_of is None]
+    complete = [trial for trial in own if trial.state == "complete"]
+    title = f"{_title(best.group)} on {best.group.title}"
     if result is not None:
-        outcome.metrics = result_metrics(result)
-        outcome.tags["avzero.parameters"] = str(result.parameters)
-    outcome.files = lambda: {"per_class_of_trials.parquet": per_class_of_trials(complete)}
+        outcome.metrics = result_metrics(result) | rate(best.epochs)
+    outcome.tags["mlflow.note.content"] = sweep_note(best, trials, run)
+
+    def files() -> dict[str, bytes]:
+        table = {"per_class_of_trials.parquet": per_class_of_trials(complete)}
+        return table | study_files(own, f"{title}, search {best.group.job.name}")
 
     def shared() -> dict[str, bytes]:
-        curves = _learning(best.epochs, f"{best.group.key}, trial {best.number}")
-        return curves | ({} if result is None else result_files(result))
+        name = f"{title}, trial {best.number}"
+        curves = learning_files(best.epochs, f"{name}: learning curves")
+        info = best.group.benchmark
+        return curves | ({} if result is None else result_files(result, best.folder, info, name))
 
-    outcome.shared = shared
+    outcome.files, outcome.shared = files, shared
     return outcome
 
 
-def stage_2_outcome(job: Job, final: FinalView, epochs: Sequence[Epoch]) -> Outcome:
-    """Return what a stage-2 run gets at its end."""
+def stage_2_outcome(job: Job, final: FinalView, epochs: Sequence[Epoch], result: Result) -> Outcome:
+    """Return what a stage-2 run gets at its end: what it took, and no score of TEST."""
+    title = f"{_title(final.group)} on {final.group.title}, stage 2, seed {final.task.seed}"
 
     def files() -> dict[str, bytes]:
-        curves = _learning(epochs, f"{final.group.key}, stage 2, seed {final.task.seed}")
+        curves = learning_files(epochs, f"{title}: learning curve")
         return curves | (weights(final.folder) if job.tracking.checkpoints != "none" else {})
 
-    return Outcome(files=files)
+    cost = {"seconds": round(result.seconds, 2), "parameters": float(result.parameters)}
+    return Outcome(cost | rate(epochs), files=files)
 
 
-def test_outcome(result: Result) -> Outcome:
-    """Return what a TEST run gets."""
-    tags = {"avzero.parameters": str(result.parameters), "avzero.test_opened": "true"}
-    return Outcome(result_metrics(result), tags, lambda: result_files(result))
+def test_outcome(final: FinalView, epochs: Sequence[Epoch], result: Result) -> Outcome:
+    """Return what a TEST run gets: scores, figures, and the final model."""
+    title = f"{_title(final.group)} on {final.group.title}, seed {final.task.seed}"
+    info = final.group.benchmark
+    return Outcome(
+        result_metrics(result) | rate(epochs),
+        {"avzero.test_opened": "true"},
+        lambda: result_files(result, final.folder, info, title),
+        model=lambda: model_files(final.folder, result),
+    )
+
+
+def _title(group: Group) -> str:
+    """Return a system's name as its authors write it."""
+    return model_class(group.model).card.title
 
 
 # -- metrics ------------------------------------------------------------------------------------
@@ -230,103 +288,53 @@ def test_outcome(result: Result) -> Outcome:
 
 def headline(scores: Mapping[str, float]) -> dict[str, float]:
     """Return S, U, HM, ZSL in percent, and beta."""
-    values = {key: 100 * scores[key] for key in _PERCENT if key in scores}
-    return values | ({"beta": scores["beta"]} if "beta" in scores else {})
+    values = {key: percent(scores[key]) for key in _PERCENT if key in scores}
+    return values | ({"beta": round(scores["beta"], 6)} if "beta" in scores else {})
+
+
+def percent(fraction: float) -> float:
+    """Return a score in percent, short enough for a column; the store has every digit."""
+    return round(100 * fraction, 4)
 
 
 def epoch_metrics(epoch: Epoch) -> dict[str, float]:
-    """Return the per-epoch metric columns of a run, ``EPOCH_KEYS`` at most."""
-    values = {f"val/{key}": value for key, value in headline(epoch.val).items()}
+    """Return the per-epoch metric columns of a run, ``EPOCH_KEYS`` at most.
+
+    S and U of every epoch are in the learning curves and in the store.
+    """
+    values = {f"val/{key}": percent(epoch.val[key]) for key in ("HM", "ZSL") if key in epoch.val}
     return values | {
         "train/loss": epoch.loss,
         "train/lr": epoch.lr,
-        "train/samples_per_s": epoch.samples_per_second,
+        "samples_per_s": round(epoch.samples_per_second, 1),
     }
 
 
-def result_metrics(result: Result, room: int = METRIC_KEYS) -> dict[str, float]:
-    """Return the headline numbers of a result, ``room`` keys at most.
+def rate(epochs: Sequence[Epoch]) -> dict[str, float]:
+    """Return the mean samples per second over a run's epochs, for runs without a series of it."""
+    if not epochs:
+        return {}
+    return {"samples_per_s": round(sum(e.samples_per_second for e in epochs) / len(epochs), 1)}
+
+
+def result_metrics(result: Result) -> dict[str, float]:
+    """Return the columns of a result: 10, and on TEST what else fits.
+
+    ``audio_HM`` is by audio alone: by the distances of audio where a system has them, else by the
+    whole with video withheld; ``video_HM`` likewise.
 
     Of retrieval only TEST has metrics, and only harmonic means: trials have charts enough.
     """
-    values = headline(result.scores[BOTH]) | {
-        "AUSUC": 100 * result.area,
-        "seconds": result.seconds,
-    }
-    for name, value in result.extra.items():
-        if not name.startswith("mAP_"):
-            values[name] = 100 * value
-        elif result.kind == "test" and name.endswith("_hm"):
-            values[f"retrieval/{name}"] = 100 * value
-    return dict(itertools.islice(values.items(), room))
-
-
-# -- files --------------------------------------------------------------------------------------
-
-
-def result_files(result: Result) -> dict[str, bytes]:
-    """Return the curve as picture and data, the per-class table and the retrieval table."""
-    where = "VAL" if result.kind == "val" else "TEST"
-    curve = zip(*(result.curve[k] for k in ("beta", "S", "U")), strict=True)
-    files = {
-        "seen_unseen_curve.png": seen_unseen_curve(
-            result, f"{where}: seen-unseen curve, run {result.task}"
-        ),
-        "seen_unseen_curve.csv": _csv(("beta", "S", "U"), curve),
-        "per_class.csv": per_class(result),
-    }
-    retrieval = [(k, 100 * v) for k, v in result.extra.items() if k.startswith("mAP_")]
-    if retrieval:
-        files["retrieval.csv"] = _csv(("measure", "%"), retrieval)
-    return files
-
-
-def _learning(epochs: Sequence[Epoch], title: str) -> dict[str, bytes]:
-    return {"learning_curves.png": learning_curves(epochs, title)} if epochs else {}
-
-
-def per_class(result: Result) -> bytes:
-    """Return the table of recalls by class."""
-    header = ("class_id", "recall", "zsl", "count")
-    return _csv(header, zip(*(result.per_class[k] for k in header), strict=True))
-
-
-def per_class_of_trials(trials: Sequence[TrialView]) -> bytes:
-    """Return the recalls by class of all complete trials as one Parquet table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {"class_id": pa.int32(), "recall": pa.float32(), "zsl": pa.float32()}
-    columns: dict[str, list[Any]] = {name: [] for name in ("trial", *kinds)}
-    for trial in trials:
-        table = trial.result.per_class if trial.result else {name: [] for name in kinds}
-        columns["trial"] += [trial.number] * len(table["class_id"])
-        for name in kinds:
-            columns[name] += table[name]
-    out = io.BytesIO()
-    pq.write_table(pa.table(columns, pa.schema({"trial": pa.int32()} | kinds)), out)
-    return out.getvalue()
-
-
-def weights(folder: RunFolder) -> dict[str, bytes]:
-    """Return the best weights of a finished run; nothing where they are gone."""
-    state = folder.load_state()
-    if state is None or "best" not in state.files:
-        return {}
-    try:
-        return {"model.safetensors": folder.storage.read(folder.best_weights_key(state))}
-    except KeyError:
-        return {}
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """Return a CSV file; a missing value is an empty cell."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(header)
-    writer.writerows(rows)
-    return out.getvalue().encode()
-
-
-def _yaml(data: Mapping[str, Any]) -> bytes:
-    return yaml.safe_dump(dict(data), sort_keys=False).encode()
+    values = headline(result.scores[BOTH]) | {"AUSUC": percent(result.area)}
+    audio, video = MODALITIES
+    for modality, other in ((audio, video), (video, audio)):
+        scores = result.scores.get(modality) or result.scores.get(MISSING + other)
+        if scores:
+            values[f"{modality}_HM"] = percent(scores["HM"])
+    values |= {"seconds": round(result.seconds, 2), "parameters": float(result.parameters)}
+    if result.kind == "test":
+        more = {k: percent(v) for k, v in result.extra.items()}
+        values |= {k: v for k, v in more.items() if not k.startswith("mAP_")}
+        values |= {f"retrieval/{k}": v for k, v in more.items() if k.endswith("_hm")}
+    # One is kept for samples_per_s.
+    return dict(itertools.islice(values.items(), METRIC_KEYS - 1))

@@ -9,6 +9,7 @@ carry the digest as a tag.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 from avzero.revision import code_revision
 from avzero.spec import Job
 from avzero.track.budget import Budget, Counted
+from avzero.track.logged_model import log_model
 from avzero.track.payload import (
     RUNNING,
     Draft,
@@ -27,6 +29,7 @@ from avzero.track.payload import (
     parent_draft,
     settings,
 )
+from avzero.track.views import experiment_tags
 from avzero.tune.space import Group
 
 _ENTITIES = 1000
@@ -47,6 +50,8 @@ class _Run:
     metrics: dict[str, float]
     tags: dict[str, str]
     has_dataset: bool
+    model: str = ""
+    """Id of the logged model this call made for it."""
     steps: set[int] = field(default_factory=set)
     """Epochs it had when it was taken up."""
 
@@ -82,8 +87,6 @@ class RunTree:
         self._experiments: dict[str, str] = {}
         self._looked_up: set[tuple[str, bool]] = set()
         self._runs: dict[str, _Run] = {}
-        self._parents: dict[str, Draft] = {}
-        """By group."""
         self._doubted: set[str] = set()
         """Those that ever were: a request that seemed lost may be carried out late."""
         self._in_doubt: set[str] = set()
@@ -94,8 +97,6 @@ class RunTree:
         # In this order: a closed draft has all its epochs.
         closed = draft.status != RUNNING
         count = len(draft.epochs)
-        if draft.kind == "sweep":
-            self._parents[draft.group.key] = draft
         if draft.kind == "trial" and not closed and not self._budget.allows(draft.identity):
             return  # the next rung, or the end, sends it all
         run = self._find(draft)
@@ -110,7 +111,7 @@ class RunTree:
             self._log_dataset(run, draft.group)
         outcome = Outcome()
         if closed and not (draft.marks and draft.marks.items() <= run.tags.items()):
-            outcome = draft.make_outcome()
+            outcome = draft.make_outcome(run.id)
         self._log(run, draft, count, outcome)
         self._upload(run, draft.files())
         draft.files = dict
@@ -132,12 +133,28 @@ class RunTree:
         self._upload(run, files | shared)
         if outcome.also in self._runs:
             self._upload(self._runs[outcome.also], shared)
+        self._log_model(run, draft, outcome)
         marks = {k: v for k, v in draft.marks.items() if run.tags.get(k) != v}
         if marks:
             self._client.log_batch(run.id, tags=[RunTag(k, v) for k, v in marks.items()])
             run.tags |= marks
         self._client.set_terminated(run.id, status=draft.status, end_time=draft.ended)
         run.status = draft.status
+
+    def _log_model(self, run: _Run, draft: Draft, outcome: Outcome) -> None:
+        """Log the system of a final run as an MLflow model."""
+        files = outcome.model()
+        if not files or draft.task is None:
+            return
+        if not run.model:
+            info = draft.group.benchmark
+            name = f"{draft.group.model}-{info.name}-seed-{draft.task.seed}"
+            made = self._client.create_logged_model(
+                self._experiment(draft.group), re.sub(r"[^\w-]", "-", name), run.id
+            )
+            run.model = made.model_id
+        with tempfile.TemporaryDirectory() as scratch:
+            log_model(self._client, run.model, run.id, files, Path(scratch))
 
     # -- finding and making ---------------------------------------------------------------------
 
@@ -196,18 +213,15 @@ class RunTree:
         """Make a run with all its tags."""
         tags = common_tags(self._job, draft, code_revision()) | draft.tags
         if draft.kind != "sweep":
-            tags["mlflow.parentRunId"] = self._parent(draft.group)
+            parent = draft.parent or parent_draft(self._job, draft.group)
+            # Its own turn may come later, and finds it then.
+            tags["mlflow.parentRunId"] = (self._find(parent) or self._create(parent)).id
         experiment = self._experiment(draft.group)
         self._in_doubt.add(draft.identity)
         made = self._client.create_run(experiment, start_time=draft.started, tags=tags)
         self._in_doubt.remove(draft.identity)
         self._runs[draft.identity] = _Run.of(made)
         return self._runs[draft.identity]
-
-    def _parent(self, group: Group) -> str:
-        """Return the sweep's own run; its draft may come later, and finds it then."""
-        draft = self._parents.setdefault(group.key, parent_draft(self._job, group))
-        return (self._find(draft) or self._create(draft)).id
 
     def _experiment(self, group: Group) -> str:
         """Return the experiment of a group's benchmark, made if needed."""
@@ -218,9 +232,8 @@ class RunTree:
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 try:
-                    # The tag makes the UI open the page of runs instead of its chat tooling.
                     self._experiments[name] = self._client.create_experiment(
-                        name, tags={"mlflow.experimentKind": "custom_model_development"}
+                        name, tags=experiment_tags()
                     )
                     self._looked_up |= {(name, True), (name, False)}  # it is empty
                 except MlflowException:  # made by somebody else meanwhile, or no answer

@@ -27,8 +27,10 @@ from avzero.train.records import Epoch
 from avzero.tune.space import Group
 
 _DRAFT = "draft.json"
-_OWN, _OUTCOME, _SHARED = "own/", "outcome/", "shared/"
-"""Folders of the draft's files and of its outcome's two kinds."""
+_OWN, _OUTCOME, _SHARED, _MODEL = "own/", "outcome/", "shared/", "model/"
+"""Folders of the draft's files and of its outcome's three kinds."""
+_RUN = "id-of-the-run"
+"""Stands in tags for MLflow's id of a run that is not made yet."""
 
 
 @dataclass
@@ -57,11 +59,18 @@ class Ticket:
             raise ValueError(f"{self.path} is damaged") from error
         outcome = Outcome(**data.pop("outcome"))
         outcome.files, outcome.shared = self._files(_OUTCOME), self._files(_SHARED)
+        outcome.model = self._files(_MODEL)
+        tags = outcome.tags
+
+        def make_outcome(run: str) -> Outcome:
+            outcome.tags = {key: text.replace(_RUN, run) for key, text in tags.items()}
+            return outcome
+
         task, epochs = data.pop("task"), data.pop("epochs")
         draft = Draft(group=self.group, **data)
         draft.task = None if task is None else Task.model_validate(task)
         draft.epochs = [(at, Epoch.from_dict(row)) for at, row in epochs]
-        draft.files, draft.make_outcome = self._files(_OWN), lambda: outcome
+        draft.files, draft.make_outcome = self._files(_OWN), make_outcome
         # A run that is closed by now was sent whole; a sweep's own run is closed by every call.
         draft.only_missing = draft.kind != "sweep"
         return draft
@@ -101,7 +110,7 @@ class Spool:
         """
         if isinstance(draft, Ticket) or draft.status == RUNNING:
             return draft
-        outcome = draft.make_outcome()
+        outcome = draft.make_outcome(_RUN)
         data = {key: getattr(draft, key) for key in _PLAIN} | {
             "task": None if draft.task is None else draft.task.model_dump(mode="json"),
             "epochs": [[at, epoch.as_dict()] for at, epoch in draft.epochs],
@@ -114,6 +123,7 @@ class Spool:
                 (_OWN, draft.files),
                 (_OUTCOME, outcome.files),
                 (_SHARED, outcome.shared),
+                (_MODEL, outcome.model),
             ):
                 for name, file in files().items():
                     archive.writestr(folder + name, file)

@@ -294,7 +294,7 @@ def nearest(
                     whole = model.distances(z, table, squared)
                     if keep is not None and not missing:
                         keep.add(z, {name: d[:, : len(text)] for name, d in whole.items()}, target)
-                    for name, d in _of_present(whole, scaling.absent).items():
+                    for name, d in of_present(whole, scaling.absent).items():
                         if name == BOTH or (every and not missing):
                             found.setdefault(missing or name, []).append(data.facts(d, target))
 
@@ -310,7 +310,7 @@ def nearest(
     return {name: Nearest.concatenate(parts) for name, parts in found.items()}
 
 
-def _of_present(distances: dict[str, Tensor], absent: frozenset[str]) -> dict[str, Tensor]:
+def of_present(distances: dict[str, Tensor], absent: frozenset[str]) -> dict[str, Tensor]:
     """Return the distances that mean something where a modality is absent.
 
     A system with a distance per modality is then judged by the one it has: a sum with, or a gate

@@ -8,6 +8,7 @@ Below ``runs/<task id>/``::
     state.json                       names the files that count; written last, after each epoch
     result-val.json, frozen.json     stage 1: scores on VAL, and all that is fixed for TEST
     result-test-<frozen>.json        stage 2: scores on TEST for one frozen trial
+    portrait-….safetensors           beside each result, what pictures need besides
 
 Weights and optimiser files carry the writer's attempt in their name, so a worker that was given
 up for dead cannot overwrite what its replacement relies on; ``state.json`` carries their digests.
@@ -196,6 +197,19 @@ class RunFolder:
         """Store a result."""
         self._write_json(_result_name(result.kind, result.frozen), result.as_dict())
 
+    def load_portrait(self, kind: str, frozen: str = "") -> Tensors:
+        """Return what ``save_portrait`` kept; nothing where an earlier version wrote the result."""
+        try:
+            return load_tensors(self.storage.read(f"{self.prefix}/{_portrait_name(kind, frozen)}"))
+        except KeyError:
+            return {}
+
+    def save_portrait(self, result: Result, tensors: Tensors) -> None:
+        """Store what pictures of a result need besides it (``train.outcome``)."""
+        name = _portrait_name(result.kind, result.frozen)
+        data = save_tensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
+        self.storage.write(f"{self.prefix}/{name}", data)
+
     def load_frozen(self) -> dict[str, Any] | None:
         """Return what a finished stage-1 run fixed for stage 2 and TEST."""
         return self._read_json("frozen.json")
@@ -207,3 +221,7 @@ class RunFolder:
 
 def _result_name(kind: str, frozen: str) -> str:
     return f"result-{kind}-{frozen[:ID_LENGTH]}.json" if frozen else f"result-{kind}.json"
+
+
+def _portrait_name(kind: str, frozen: str) -> str:
+    return _result_name(kind, frozen).replace("result", "portrait").replace("json", "safetensors")

@@ -20,13 +20,15 @@ from avzero.protocol.scoring import Nearest, Scores
 from avzero.protocol.seal import Frozen, open_test
 from avzero.protocol.stages import STAGE_1, STAGE_2
 from avzero.revision import code_revision
-from avzero.train.data import StageData, evaluation_set, nearest
+from avzero.train.data import EvaluationSet, StageData, evaluation_set, nearest
 from avzero.train.folder import RunFolder, State
 from avzero.train.loop import lr_sequence
 from avzero.train.records import Result, TrainingFailed
 
 _CPU = torch.device("cpu")
 _CURVE_POINTS = 2048
+_PICTURED = 1500
+"""Samples of TEST whose embeddings are kept."""
 
 
 def finished_state(folder: RunFolder) -> State:
@@ -87,6 +89,7 @@ def conclude_stage_1(folder: RunFolder, benchmark: Benchmark) -> tuple[Result, F
     extra = gallery.scores(rows.seen_ids, rows.unseen_ids, data.scaling.absent)
     result = _result(folder, state, model, facts, scores, calibration, extra=extra)
     folder.save_frozen(frozen.as_dict())
+    folder.save_portrait(result, _confusion(gallery, rows))
     folder.save_result(result)
     return result, frozen
 
@@ -121,8 +124,33 @@ def score_test(store: FeatureStore, folder: RunFolder, frozen: Frozen, sweep: st
     extra = _source_disjoint(benchmark, test, facts[BOTH], betas[BOTH])
     extra |= gallery.scores(rows.seen_ids, rows.unseen_ids, data.scaling.absent)
     result = _result(folder, state, model, facts, scores, frozen.calibration, frozen.digest, extra)
+    portrait = _confusion(gallery, rows) | _embeddings(gallery, model, data, rows)
+    folder.save_portrait(result, portrait)
     folder.save_result(result)
     return result
+
+
+def _confusion(gallery: Gallery, rows: EvaluationSet) -> dict[str, Tensor]:
+    """Return the unseen classes and the confusion among them (``Gallery.confusion``)."""
+    confusion = gallery.confusion(rows.seen_ids, rows.unseen_ids)
+    return {"confusion": confusion, "unseen_ids": rows.unseen_ids}
+
+
+@torch.no_grad()
+def _embeddings(
+    gallery: Gallery, model: Model, data: StageData, rows: EvaluationSet
+) -> dict[str, Tensor]:
+    """Return embeddings of some samples and, where they are points of the same space, of all
+    candidate classes; nothing for a system without an embedding of the whole sample."""
+    z, target = gallery.sample(_PICTURED)
+    if not len(z):
+        return {}
+    kept = {"samples": z.float(), "samples_class": target}
+    ids = torch.cat([rows.seen_ids, rows.unseen_ids])
+    classes = model.embed_classes(data.class_text[ids])
+    if model.lengths and classes.shape[1:] == z.shape[1:]:
+        kept |= {"classes": classes.float(), "classes_id": ids}
+    return kept
 
 
 @torch.no_grad()

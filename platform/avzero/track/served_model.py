@@ -1,0 +1,35 @@
+"""The code of a logged MLflow model ("models from code"): MLflow copies and runs this file.
+
+    mlflow models serve -m models:/<model id> --env-manager local
+    curl localhost:5000/invocations -H 'Content-Type: application/json' \\
+        -d '{"inputs": {"audio": [[…]], "video": [[…]]}}'
+
+It answers ``{"predictions": [{"class": "Archery", "distances": […]}, …]}``. Nothing is pickled:
+weights are safetensors, and the package itself is the requirement.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd  # type: ignore[import-untyped]
+
+from avzero.train.recogniser import Recogniser
+
+
+class ZeroShotModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
+    """Audio and video features in; class and distances to all classes out."""
+
+    def load_context(self, context: Any) -> None:
+        """Read the weights."""
+        self._recogniser = Recogniser(Path(context.artifacts["recogniser"]))
+
+    def predict(self, context: Any, model_input: Any, params: Any = None) -> pd.DataFrame:
+        """Return a row per sample: ``class`` and ``distances``, a list in the order of classes."""
+        names, distances = self._recogniser(model_input)
+        return pd.DataFrame({"class": names, "distances": distances.tolist()})
+
+
+mlflow.models.set_model(ZeroShotModel())
