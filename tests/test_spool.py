@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -15,7 +16,7 @@ from avzero.spec import Job
 from avzero.track import payload
 from avzero.track.mlflow_tracker import MlflowTracker
 from avzero.track.outbox import Outbox
-from avzero.track.payload import Draft, final_draft, trial_draft
+from avzero.track.payload import Draft, Outcome, final_draft, trial_draft
 from avzero.track.spool import Spool, Ticket
 from avzero.tune.listener import TrialView
 from avzero.tune.space import Group
@@ -43,13 +44,22 @@ def waiting() -> list[Path]:
 
 
 def test_a_draft_comes_back_as_it_was(
-    spool: Spool, group: Group, trials: list[TrialView], store: Any
+    spool: Spool, group: Group, trials: list[TrialView], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     final = final_of(group, trials[3], 42, False)
     draft = final_draft(final, "test")
     for epoch in trials[3].epochs:
         draft.add(epoch)
-    draft.close("FINISHED", lambda: payload.test_outcome(result_of(final.task.id, "test")))
+    result = result_of(final.task.id, "test")
+    monkeypatch.setattr(payload, "model_files", lambda *_: {"MLmodel": b"m"})
+    outcome = functools.partial(payload.test_outcome, final, trials[3].epochs, result)
+
+    def make_outcome(run: str) -> Outcome:
+        made = outcome()
+        made.tags["mlflow.note.content"] = f"see #/runs/{run}"
+        return made
+
+    draft.close("FINISHED", make_outcome)
     draft.marks = {"a": "b"}
     ticket = spool.keep(draft)
     assert isinstance(ticket, Ticket) and str(ticket) == str(draft)
@@ -61,7 +71,9 @@ def test_a_draft_comes_back_as_it_was(
     assert (again.task, again.epochs, again.group) == (draft.task, draft.epochs, group)
     before, after = draft.make_outcome("r"), again.make_outcome("r")
     assert (after.metrics, after.tags, after.also) == (before.metrics, before.tags, before.also)
-    assert after.files() == before.files() and "seen_unseen_curve.csv" in after.files()
+    assert after.tags["mlflow.note.content"] == "see #/runs/r"
+    assert after.files() == before.files() and len(after.files()) > 2
+    assert after.model() == {"MLmodel": b"m"}
     assert again.files() == draft.files() and "run.yaml" in again.files()
     found.done()
     assert list(spool.left(group)) == [] and waiting() == []
@@ -89,9 +101,9 @@ def test_next_call_sends_what_this_one_could_not(
     assert capsys.readouterr().err.count("could not be sent") == 1
     assert len(waiting()) == len(trials) + 1 and not stub.runs
     ended_by = time.time() * 1000
-    time.sleep(0.05)
-    stub.fault = lambda *_: None
     monkeypatch.setattr(tracker.outbox, "_deliver", lambda item: threading.Event().wait())  # ended
+    time.sleep(0.2)
+    stub.fault = lambda *_: None
     tracker = MlflowTracker(stub.uri, job)
     run_final(tracker, final_of(group, trials[3], 42, False))
     assert_complete(stub, trials)

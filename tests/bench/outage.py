@@ -13,6 +13,7 @@ and training not slowed by more than 5 %.
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ JOB: dict[str, Any] = {
     "models": ["avca"],
     "train": {"epochs": 12, "batches_per_epoch": 60, "batch_size": 64},
     "fixed": {"avca": {"encoder_hidden": 128, "proj_hidden": 128, "depth": 1, "heads": "3x100"}},
-    "search": {"trials": 40, "min_epochs": 2, "sampler": "random", "pruner": "none"},
+    "search": {"trials": 6, "min_epochs": 2, "sampler": "random", "pruner": "none"},
     "resources": {"slots": 2, "concurrent": 1},
 }
 DOWN = 60.0
@@ -95,11 +96,11 @@ def main() -> None:
     if sys.argv[1:2] == ["one"]:
         one(sys.argv[2])
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and end the servers
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     print(machine())
     ratios: dict[str, list[float]] = {"training": [], "cpu": [], "wall": []}
     with tempfile.TemporaryDirectory() as scratch, _lab(Path(scratch)) as lab:
-        sweep(lab, "warm", outage=False)
         for number in range(rounds):
             pair = {}
             for outage in (False, True) if number % 2 == 0 else (True, False):

@@ -22,7 +22,7 @@ from typing import IO, Any
 from avzero.canon import identity
 from avzero.data.cache import cache_root
 from avzero.spec import Task
-from avzero.track.payload import RUNNING, Draft, Outcome
+from avzero.track.payload import RUNNING, Draft, Outcome, parent_draft
 from avzero.train.records import Epoch
 from avzero.tune.space import Group
 
@@ -66,9 +66,12 @@ class Ticket:
             outcome.tags = {key: text.replace(_RUN, run) for key, text in tags.items()}
             return outcome
 
-        task, epochs = data.pop("task"), data.pop("epochs")
+        task, epochs, began = data.pop("task"), data.pop("epochs"), data.pop("began")
         draft = Draft(group=self.group, **data)
         draft.task = None if task is None else Task.model_validate(task)
+        if began is not None:  # should the sweep's own run be made for this one
+            draft.parent = parent_draft(self.group.job, self.group)
+            draft.parent.started = began
         draft.epochs = [(at, Epoch.from_dict(row)) for at, row in epochs]
         draft.files, draft.make_outcome = self._files(_OWN), make_outcome
         # A run that is closed by now was sent whole; a sweep's own run is closed by every call.
@@ -112,6 +115,7 @@ class Spool:
             return draft
         outcome = draft.make_outcome(_RUN)
         data = {key: getattr(draft, key) for key in _PLAIN} | {
+            "began": None if draft.parent is None else draft.parent.started,
             "task": None if draft.task is None else draft.task.model_dump(mode="json"),
             "epochs": [[at, epoch.as_dict()] for at, epoch in draft.epochs],
             "outcome": {key: getattr(outcome, key) for key in ("metrics", "tags", "also")},
