@@ -34,7 +34,7 @@ from tests.infra.lab import Lab, during
 JOB: dict[str, Any] = {
     "benchmarks": ["tiny"],
     "models": ["avca"],
-    "train": {"epochs": 12, "batches_per_epoch": 60, "batch_size": 64},
+    "train": {"epochs": 7, "batches_per_epoch": 60, "batch_size": 64},
     "fixed": {"avca": {"encoder_hidden": 128, "proj_hidden": 128, "depth": 1, "heads": "3x100"}},
     "search": {"trials": 6, "min_epochs": 2, "sampler": "random", "pruner": "none"},
     "resources": {"slots": 2, "concurrent": 1},
