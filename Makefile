@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := .avzero/demo
 
-.PHONY: demo test lint unit bench clean
+.PHONY: demo test test-infra lint unit bench stack stack-stop stack-status clean
 
 # Made once; made again when the pins or the project file change.
 $(VENV)/ready: constraints.txt pyproject.toml
@@ -28,9 +28,20 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 unit: $(VENV)/ready
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not infra and not hosts"
 
 test: lint unit
+
+# Against real servers: Ceph's S3 gateway, PostgreSQL, MLflow; what is missing is skipped and said.
+test-infra: $(VENV)/ready
+	$(BIN)/pytest -m infra
+
+# PostgreSQL, an S3 server and MLflow on loopback, to develop against; their data is in .avzero/stack.
+stack: $(VENV)/ready
+	@$(BIN)/python -m tests.infra.stack start
+
+stack-stop stack-status: stack-%: $(VENV)/ready
+	@$(BIN)/python -m tests.infra.stack $*
 
 # One benchmark: make bench B=store_reading
 bench: $(VENV)/ready

@@ -9,6 +9,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# What a user says about a store of theirs that the tests of S3 shall run against.
+USERS_BUCKET = os.environ.get("AVZERO_TEST_S3", "")
+USERS_AWS = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
+
 # Explicit choices: without them Ray, MLflow and the AWS SDK behave as the machine happens to be.
 _SCRATCH = tempfile.mkdtemp(prefix="avzero-tests-")
 os.environ.update(

@@ -1,11 +1,10 @@
-"""The feature store: content addresses, digests on read, the cache, the seal, S3."""
+"""The feature store: content addresses, digests on read, the cache, the seal."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from avzero.data.benchmark import AUDIO, VIDEO, Bool, Part, RawBenchmark, Role, 
 from avzero.data.cache import NodeCache
 from avzero.data.columns import copy_column, read_samples, value_extents, write_part
 from avzero.data.ledger import Opening
-from avzero.data.storage import LocalStorage, S3Storage, open_storage
+from avzero.data.storage import LocalStorage, open_storage
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 
@@ -295,79 +294,3 @@ def test_full_device(raw: RawBenchmark, tmp_path: Path) -> None:
         assert target.put(raw)[1]
     finally:
         subprocess.run(["umount", str(mount)], check=False)
-
-
-# -- the same store on S3 -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A moto server with one bucket; yields ``s3://bucket``."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
-        boto3.client("s3").create_bucket(Bucket="lab")
-        yield "s3://lab"
-    server.stop()
-
-
-@pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Storage of each kind: the contract below holds for both."""
-    if request.param == "local":
-        return str(tmp_path / "objects")
-    return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
-
-
-def test_storage_contract(place: str, tmp_path: Path) -> None:
-    storage = open_storage(place)
-    assert storage.keys("") == [] and storage.size("a/b") is None
-    for missing in (storage.read, lambda key: storage.download(key, tmp_path / "x")):
-        with pytest.raises(KeyError):
-            missing("a/b")
-    storage.delete("a/b")
-    storage.write("a/b", b"one")
-    storage.write("a/b", b"two")
-    storage.write("a/bc/d", b"")
-    (tmp_path / "file").write_bytes(b"three")
-    storage.upload("c", tmp_path / "file")
-    assert storage.read("a/b") == b"two" and storage.read("a/bc/d") == b""
-    assert storage.size("a/b") == 3 and storage.size("a/bc/d") == 0
-    assert storage.keys("") == ["a/b", "a/bc/d", "c"]
-    assert storage.keys("a/") == ["a/b", "a/bc/d"] and storage.keys("a/b") == ["a/b", "a/bc/d"]
-    assert storage.keys("nothing/") == []
-    storage.download("c", tmp_path / "back")
-    assert (tmp_path / "back").read_bytes() == b"three"
-    storage.delete("a/b")
-    assert storage.keys("a") == ["a/bc/d"]
-
-
-def test_store_on_s3(s3: str, raw: RawBenchmark, tmp_path: Path) -> None:
-    target = FeatureStore(f"{s3}/avzero", NodeCache(tmp_path / "cache"))
-    assert target.put(raw)[1] and not target.put(raw)[1]
-    benchmark = target.open("tiny")
-    np.testing.assert_array_equal(benchmark.part.features[VIDEO], raw.open.features[VIDEO])
-    assert target.verify("tiny") == []
-    assert not list((tmp_path / "cache").rglob("*.parquet"))
-
-
-@pytest.mark.parametrize(
-    ("bucket", "endpoint", "message"),
-    [
-        ("absent", None, "no such bucket"),
-        ("lab", "http://127.0.0.1:9", "cannot be reached"),
-    ],
-)
-def test_unreachable_buckets(
-    s3: str, bucket: str, endpoint: str | None, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with pytest.raises(UserError, match=message):
-        S3Storage(f"s3://{bucket}/x")

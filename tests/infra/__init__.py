@@ -1,1 +1,1 @@
-"""Tests that need servers or tools beyond the Python environment (make test-infra)."""
+"""Tests against real servers: marker ``infra``, ``make test-infra``."""

@@ -17,7 +17,14 @@ _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-_PASSED_ON = ("AVZERO_PATH", "AVZERO_CACHE")
+_PASSED_ON = (
+    "AVZERO_PATH",
+    "AVZERO_CACHE",
+    # Without them workers would look for a lab's own bucket at AWS. Credentials are not passed on.
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_DEFAULT_REGION",
+)
 
 
 @contextmanager

@@ -19,22 +19,33 @@ from typing import Any, Protocol
 from avzero.errors import UserError
 
 
+class Damaged(UserError):
+    """An object's content is not what was written under its key."""
+
+
 class Storage(Protocol):
     """Whole objects by key (``a/b/c``, forward slashes); every write is all or nothing."""
 
     url: str
 
     def read(self, key: str) -> bytes:
-        """Return an object's bytes. Raises ``KeyError`` when it does not exist."""
+        """Return an object's bytes. Raises ``KeyError`` when it does not exist, or ``Damaged``."""
 
     def write(self, key: str, data: bytes) -> None:
         """Store bytes under a key, replacing what was there."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Store bytes under a key that has none; return whether they are what is there now.
+
+        A saving, not a lock: on some stores two writers are told yes at the same moment.
+        """
 
     def upload(self, key: str, path: Path) -> None:
         """Store a local file under a key."""
 
     def download(self, key: str, path: Path) -> None:
-        """Copy an object to a local file. Raises ``KeyError`` when it does not exist."""
+        """Copy an object to a local file. Raises ``KeyError`` when it does not exist, or
+        ``Damaged``."""
 
     def local_path(self, key: str) -> Path | None:
         """Return the object's own file where objects are local files, else None."""
@@ -51,15 +62,25 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is no error."""
 
+    def arrow(self, folder: str) -> tuple[str, Any] | None:
+        """Return a folder as pyarrow, and so Ray, sees it: its path and the file system; None
+        where objects are local files."""
 
-def open_storage(url: str) -> Storage:
+
+def open_storage(url: str, check: bool = True) -> Storage:
     """Open ``url``: a folder (created when first written to) or ``s3://bucket[/prefix]``.
+
+    Args:
+        url: where.
+        check: ask a bucket's server at once. Not in a worker: its driver has asked.
 
     Raises:
         UserError: the scheme is unknown, or the bucket cannot be reached.
     """
     if url.startswith("s3://"):
-        return S3Storage(url)
+        from avzero.data.s3 import S3Storage
+
+        return S3Storage(url, check)
     if "://" in url:
         raise UserError(f"{url}: unknown kind of storage; use a folder or s3://bucket/prefix")
     return LocalStorage(Path(url))
@@ -119,6 +140,13 @@ class LocalStorage:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Store bytes under a key that has none; return whether they are what is there now."""
+        if self._path(key).exists():
+            return False
+        self.write(key, data)
+        return True
 
     def upload(self, key: str, path: Path) -> None:
         """Store a local file under a key; a hard link where the file system allows one."""
@@ -184,6 +212,11 @@ class LocalStorage:
         """Remove an object; a missing one is no error."""
         self._path(key).unlink(missing_ok=True)
 
+    def arrow(self, folder: str) -> tuple[str, Any] | None:
+        """Return None: objects are local files."""
+        del folder
+        return None
+
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:
         """Yield a temporary path beside ``path``; rename it on success, remove it on failure."""
@@ -195,110 +228,3 @@ class LocalStorage:
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-
-
-class S3Storage:
-    """Objects in a bucket below a prefix. The endpoint comes from ``AWS_ENDPOINT_URL_S3``."""
-
-    def __init__(self, url: str) -> None:
-        import boto3
-        from botocore.config import Config
-
-        self.url = url.rstrip("/")
-        bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
-        self._bucket = bucket
-        self._prefix = f"{prefix}/" if prefix else ""
-        config = Config(
-            retries={"mode": "standard", "max_attempts": 5}, connect_timeout=5, read_timeout=60
-        )
-        with self._errors(""):
-            self._client: Any = boto3.client("s3", config=config)
-            self._client.head_bucket(Bucket=bucket)
-
-    @contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
-        """Turn what S3 or the network refuses into one clear line; a missing key is KeyError."""
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
-        from s3transfer.exceptions import RetriesExceededError
-
-        where = f"{self.url}/{key}" if key else self.url
-        try:
-            yield
-        except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            if key and code in ("404", "NoSuchKey"):
-                raise KeyError(key) from error
-            remedy = {
-                "404": "no such bucket; create it or correct the URL",
-                "NoSuchBucket": "no such bucket; create it or correct the URL",
-                "403": "access denied; check the credentials and the bucket's policy",
-                "AccessDenied": "access denied; check the credentials and the bucket's policy",
-            }.get(code, f"the store refused ({code}: {error}); check the URL and credentials")
-            raise UserError(f"{where}: {remedy}") from error
-        except (BotoCoreError, Boto3Error, RetriesExceededError, ValueError) as error:
-            raise UserError(
-                f"{where}: cannot be reached ({error}); check AWS_ENDPOINT_URL_S3, the "
-                "credentials and the network"
-            ) from error
-
-    def read(self, key: str) -> bytes:
-        """Return an object's bytes. Raises ``KeyError`` when it does not exist."""
-        import io
-
-        buffer = io.BytesIO()
-        with self._errors(key):
-            # download_fileobj resumes a body cut off half-way; get_object().read() does not.
-            self._client.download_fileobj(self._bucket, self._prefix + key, buffer)
-        return buffer.getvalue()
-
-    def write(self, key: str, data: bytes) -> None:
-        """Store bytes under a key, replacing what was there."""
-        with self._errors(key):
-            self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data)
-
-    def upload(self, key: str, path: Path) -> None:
-        """Store a local file under a key."""
-        with self._errors(key):
-            self._client.upload_file(str(path), self._bucket, self._prefix + key)
-
-    def download(self, key: str, path: Path) -> None:
-        """Copy an object to a local file. Raises ``KeyError`` when it does not exist."""
-        with self._errors(key), disk_errors(path):
-            self._client.download_file(self._bucket, self._prefix + key, str(path))
-
-    def local_path(self, key: str) -> Path | None:
-        """Return None: objects in a bucket are not local files."""
-        del key
-        return None
-
-    def keys(self, prefix: str) -> list[str]:
-        """Return the sorted keys that start with ``prefix``."""
-        return sorted(self.marks(prefix))
-
-    def marks(self, prefix: str) -> dict[str, str]:
-        """Return size and entity tag of every object whose key starts with ``prefix``."""
-        found = {}
-        with self._errors(""):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=self._prefix + prefix
-            )
-            for page in pages:
-                for entry in page.get("Contents", ()):
-                    key = entry["Key"].removeprefix(self._prefix)
-                    found[key] = f"{entry['Size']}-{entry['ETag']}"
-        return dict(sorted(found.items()))
-
-    def size(self, key: str) -> int | None:
-        """Return an object's size in bytes, None when it does not exist."""
-        try:
-            with self._errors(key):
-                head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
-        except KeyError:
-            return None
-        return int(head["ContentLength"])
-
-    def delete(self, key: str) -> None:
-        """Remove an object; a missing one is no error."""
-        with self._errors(key):
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)

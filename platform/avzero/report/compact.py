@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avzero.data.storage import Storage
+from avzero.data.storage import Damaged, Storage
 from avzero.errors import UserError
 
 KEY, MARK = "key", "mark"
@@ -62,13 +62,18 @@ def compacted(
 
 
 def read_all(storage: Storage, keys: Sequence[str]) -> list[bytes | None]:
-    """Return the content of several keys, None for those that are gone; S3 is asked in parallel."""
+    """Return the content of several keys; S3 is asked in parallel.
+
+    None for those that are gone; nothing (``b""``), which no reader takes, for damaged ones.
+    """
 
     def read(key: str) -> bytes | None:
         try:
             return storage.read(key)
         except KeyError:
             return None
+        except Damaged:
+            return b""
 
     if storage.local_path("x") is not None:  # threads would only wait for each other
         return [read(key) for key in keys]
@@ -119,7 +124,7 @@ def _kept(storage: Storage, target: str, schema: pa.Schema) -> pa.Table | None:
     try:
         # One thread: reading takes milliseconds, and threads may outlive a short command.
         table = pq.ParquetFile(io.BytesIO(storage.read(target))).read(use_threads=False)
-    except (KeyError, OSError, pa.ArrowException):
+    except (KeyError, Damaged, OSError, pa.ArrowException):
         return None
     return table if table.schema.equals(schema, check_metadata=True) else None
 

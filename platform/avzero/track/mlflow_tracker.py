@@ -8,8 +8,9 @@ Hooks only note what happened. One thread sends it, so no trial ever waits for M
 before a trial's first rung, then at most one ``log_batch`` per rung, and at its end everything
 that is left. A trial costs three requests (make, log, close), four with its weights; a rung that it
 outlives by more than ten seconds adds one, as long as the sweep keeps to five per run (``Budget``).
-A server that does not answer is asked again; what it never got, the next call of the same command
-fills in.
+A server that does not answer is asked again. Finished runs wait on disk then (``Spool``) and are
+sent by the next call, if not by this one; what was lost with a killed driver, the next call of the
+same command fills in from the store.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from avzero.track.payload import (
     trial_outcome,
 )
 from avzero.track.run_tree import RunTree
+from avzero.track.spool import Spool, Ticket
 from avzero.train.records import Epoch, Result
 from avzero.tune.listener import FinalView, Listener, TrialView
 from avzero.tune.rungs import rung_epochs
@@ -86,12 +88,16 @@ class MlflowTracker(Listener):
                 f"MLflow at {uri}: does not answer ({str(error).splitlines()[0]}); start it, "
                 "correct tracking.uri, or set it to off"
             ) from error
-        self.outbox: Outbox[Draft] = Outbox(
-            RunTree(client, uri, job).deliver,
+        self._tree = RunTree(client, uri, job)
+        self._spool = Spool(uri, job.store, job.name)
+        self.outbox: Outbox[Draft | Ticket] = Outbox(
+            self._deliver,
             (MlflowException, SQLAlchemyError, Boto3Error, BotoCoreError, ClientError, OSError),
             _is_refusal,
             f"MLflow at {uri}",
+            keep=self._spool.keep,
         )
+        self._replayed: set[str] = set()
         self._parents: dict[str, Draft] = {}
         """By group: one draft for all that happens to a sweep's own run, so that its beginning
         can never come after its end."""
@@ -99,10 +105,27 @@ class MlflowTracker(Listener):
         self._closed: set[str] = set()
         self._rungs: dict[int, frozenset[int]] = {}
 
+    def _deliver(self, item: Draft | Ticket) -> None:
+        """Send a draft, or one that waits on disk; in the outbox's thread."""
+        if isinstance(item, Ticket):
+            self._tree.deliver(item.draft())
+            item.done()
+        else:
+            self._tree.deliver(item)
+
+    def _replay(self, group: Group) -> None:
+        """Have sent, before anything new, what earlier calls could not send."""
+        if group.key not in self._replayed:
+            self._replayed.add(group.key)
+            for ticket in self._spool.left(group):
+                self.outbox.put(ticket.identity, ticket, last=True, behind=ticket.kind == "sweep")
+
     # -- trials ---------------------------------------------------------------------------------
 
     def sweep_started(self, job: Job, groups: Sequence[Group], done: Sequence[TrialView]) -> None:
         """Make experiments and parent runs; fill in trials an earlier tracker did not see."""
+        for group in groups:
+            self._replay(group)
         self._parents = {group.key: parent_draft(job, group) for group in groups}
         for parent in self._parents.values():
             self.outbox.put(parent.identity, parent)
@@ -189,6 +212,7 @@ class MlflowTracker(Listener):
         """Note when a final run began; a stage 1 before it is over."""
         for identity in [name for name in self._open if name.endswith("-stage1")]:
             self._finish(self._open.pop(identity))
+        self._replay(final.group)
         if final.group.key not in self._parents:
             # The sweep was tracked by an earlier call, or by none.
             parent = self._parents[final.group.key] = parent_draft(self._job, final.group)

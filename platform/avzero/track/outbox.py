@@ -18,7 +18,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Generic, TypeVar
+
+from avzero.errors import UserError
 
 Item = TypeVar("Item")
 
@@ -43,6 +46,8 @@ class _Entry(Generic[Item]):
     """Of the newest item."""
     behind: bool = False
     failures: int = 0
+    kept: bool = False
+    """Its items are on disk."""
 
 
 class Outbox(Generic[Item]):
@@ -54,7 +59,13 @@ class Outbox(Generic[Item]):
         refused: whether such an error is about the item alone, so that trying again is vain.
         receiver: named in messages, e.g. ``MLflow at http://…``.
         say: takes a line for the user; standard error unless given.
+        keep: puts an item on disk and returns what stands for it; may raise ``OSError`` or
+            ``UserError``. Called in the thread while deliveries fail and more than ``room``
+            finished items wait, and for all of them when ``drain`` gives up.
     """
+
+    room = 50
+    """Finished items that wait in memory; those that are still added to come on top."""
 
     patience = 15.0
     """Seconds ``drain`` goes on while deliveries fail."""
@@ -70,12 +81,15 @@ class Outbox(Generic[Item]):
         refused: Callable[[Exception], bool],
         receiver: str,
         say: Callable[[str], object] | None = None,
+        keep: Callable[[Item], Item] = lambda item: item,
     ) -> None:
         self._deliver = deliver
         self._expected = expected
         self._refused = refused
         self._receiver = receiver
         self._say = say or (lambda line: sys.stderr.write(f"avzero: {line}\n"))
+        self._keep = keep
+        self._keeping = Lock()
         self._changed = threading.Condition()
         self._entries: dict[str, _Entry[Item]] = {}
         self._calendar: list[tuple[float, int, str]] = []
@@ -89,7 +103,7 @@ class Outbox(Generic[Item]):
         self._not_before = 0.0
         self._hurry = False
         self._gave_up = False
-        self._told = False
+        self._told = self._unkept = False
         self._dropped = 0
 
     def put(
@@ -112,7 +126,7 @@ class Outbox(Generic[Item]):
                 entry = self._entries[key] = _Entry(key, deque([item]), order, order)
             elif entry.items[-1] is not item:
                 entry.items.append(item)
-                entry.last = False
+                entry.last = entry.kept = False
             entry.last |= last
             if behind:
                 entry.behind, entry.born = True, self._move_back(entry)
@@ -162,18 +176,47 @@ class Outbox(Generic[Item]):
                 since = max(start, self._failing_since) if failing else now
                 if now - since > patience or now - start > self.limit:
                     self._gave_up = True
-                    self._say(
-                        f"{self._receiver}: {_runs(self._waiting)} could not be sent; results are "
-                        "in the store, and the next avzero sweep or test fills in what is missing"
-                    )
                     break
                 if not told and now - start > self.quiet:
                     told = True
                     self._say(f"{self._receiver}: sending {_runs(self._waiting)} …")
                 self._changed.wait(0.2)
             self._hurry = False
+            left = self._waiting
+        if left:
+            self._make_room(0)  # first: whoever reads the line may end the program
+            self._say(
+                f"{self._receiver}: {_runs(left)} could not be sent; results are in the store, "
+                "and the next avzero sweep or test fills in what is missing"
+            )
+        with self._changed:
             self._report()
             return not self._waiting
+
+    def _make_room(self, room: int) -> None:
+        """Put finished items on disk, the newest first, until ``room`` wait in memory."""
+        with self._keeping:
+            while True:
+                with self._changed:
+                    large = [e for e in self._entries.values() if e.last and not e.kept]
+                    if sum(len(entry.items) for entry in large) <= room:
+                        return
+                    entry, items = large[-1], list(large[-1].items)
+                try:
+                    # Without the lock: it may take a while, and who adds items must not wait.
+                    kept = [self._keep(item) for item in items]
+                except (OSError, UserError) as error:
+                    if not self._unkept:
+                        self._unkept = True
+                        self._say(
+                            f"{self._receiver}: {items[0]} cannot be kept on disk meanwhile "
+                            f"({error}); it waits in memory"
+                        )
+                    return
+                instead = {id(old): new for old, new in zip(items, kept, strict=True)}
+                with self._changed:
+                    entry.items = deque(instead.get(id(item), item) for item in entry.items)
+                    entry.kept = entry.last and len(entry.items) <= len(items)
 
     def _report(self) -> None:
         """Say what the lines so far leave open; the lock is held."""
@@ -204,6 +247,8 @@ class Outbox(Generic[Item]):
             self._note(entry, error)
             if not self._waiting:
                 self._changed.notify_all()
+        if error is not None:
+            self._make_room(self.room)
         return True
 
     def _next(self) -> _Entry[Item] | None:

@@ -87,6 +87,8 @@ class RunTree:
         self._experiments: dict[str, str] = {}
         self._looked_up: set[tuple[str, bool]] = set()
         self._runs: dict[str, _Run] = {}
+        self._doubted: set[str] = set()
+        """Those that ever were: a request that seemed lost may be carried out late."""
         self._in_doubt: set[str] = set()
         """Identities whose creation was not answered: MLflow may have made the run or not."""
 
@@ -122,6 +124,10 @@ class RunTree:
         """Send the files of the outcome, then the marks, then the status."""
         from mlflow.entities import RunTag
 
+        for identity in (
+            self._doubted if draft.kind == "sweep" else self._doubted & {draft.identity}
+        ):
+            self._remove_others(draft.group, identity)
         files = outcome.files()
         shared = outcome.shared()
         self._upload(run, files | shared)
@@ -155,6 +161,7 @@ class RunTree:
     def _find(self, draft: Draft) -> _Run | None:
         """Return the run of a draft, if there is one."""
         if draft.identity in self._in_doubt:
+            self._doubted.add(draft.identity)
             self._look_up(draft.group, f"tags.`avzero.run` = '{draft.identity}'")
             self._in_doubt.remove(draft.identity)
         if draft.identity not in self._runs:
@@ -169,8 +176,26 @@ class RunTree:
 
     def _look_up(self, group: Group, condition: str) -> None:
         """Read the sweep's runs; what a lost answer made twice is removed."""
-        experiment, token = self._experiment(group), None
         found: dict[str, list[Any]] = {}
+        for run in self._search(group, condition):
+            found.setdefault(run.data.tags["avzero.run"], []).append(run)
+        for identity, runs in found.items():
+            keep = max(runs, key=lambda r: (r.info.status != RUNNING, len(r.data.metrics)))
+            for extra in runs:
+                if extra is not keep:
+                    self._client.delete_run(extra.info.run_id)
+            self._runs[identity] = _Run.of(keep)
+
+    def _remove_others(self, group: Group, identity: str) -> None:
+        """Remove runs of an identity other than the one that is written to."""
+        own = self._runs.get(identity)
+        for run in self._search(group, f"tags.`avzero.run` = '{identity}'"):
+            if own is not None and run.info.run_id != own.id:
+                self._client.delete_run(run.info.run_id)
+
+    def _search(self, group: Group, condition: str) -> Iterator[Any]:
+        """Yield the sweep's runs that meet a condition, oldest first."""
+        experiment, token = self._experiment(group), None
         while True:
             page = self._client.search_runs(
                 [experiment],
@@ -179,17 +204,10 @@ class RunTree:
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-            for run in page:
-                found.setdefault(run.data.tags["avzero.run"], []).append(run)
+            yield from page
             token = page.token
             if not token:
                 break
-        for identity, runs in found.items():
-            keep = max(runs, key=lambda r: (r.info.status != RUNNING, len(r.data.metrics)))
-            for extra in runs:
-                if extra is not keep:
-                    self._client.delete_run(extra.info.run_id)
-            self._runs[identity] = _Run.of(keep)
 
     def _create(self, draft: Draft) -> _Run:
         """Make a run with all its tags."""

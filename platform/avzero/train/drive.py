@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from avzero.data.storage import Storage, open_storage
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.spec import Resources, Task
@@ -128,7 +130,7 @@ def _run_worker(config: dict[str, Any]) -> None:
 
     set_threads(config["resources"]["cpus"])
     world = global_world()
-    store = FeatureStore(config["store"])
+    store = FeatureStore(open_storage(config["store"], check=False))
     task = Task.model_validate(config["task"])
     folder = RunFolder(store.storage, task)
     device = device_of(Resources.model_validate(config["resources"]))
@@ -154,7 +156,7 @@ def _with_ray_train(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
-    with tempfile.TemporaryDirectory(prefix="avzero-train-") as scratch:
+    with _notes_of_ray(store.storage, task) as (path, system):
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -175,11 +177,30 @@ def _with_ray_train(
             ),
             run_config=RunConfig(
                 name=task.id,
-                storage_path=scratch,
+                storage_path=path,
+                storage_filesystem=system,
                 failure_config=FailureConfig(max_failures=resources.max_failures),
             ),
         )
         yield from _follow(trainer, mailbox)
+
+
+@contextmanager
+def _notes_of_ray(storage: Storage, task: Task) -> Iterator[tuple[str, Any]]:
+    """Yield where Ray keeps its notes on a fit: in the bucket, so that they outlive the head's
+    machine while it lasts, or in scratch. Nothing is read back: runs keep their own checkpoints.
+    """
+    notes = f"ray/{task.id}/"
+    place = storage.arrow("ray")
+    if place is None:
+        with tempfile.TemporaryDirectory(prefix="avzero-train-") as scratch:
+            yield scratch, None
+        return
+    try:
+        yield place
+    finally:
+        for key in storage.keys(notes):
+            storage.delete(key)
 
 
 def _follow(trainer: Any, mailbox: Any) -> Generator[Epoch, None, None]:

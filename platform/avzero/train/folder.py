@@ -26,7 +26,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from avzero.canon import ID_LENGTH, canonical, sha256_hex
-from avzero.data.storage import Storage
+from avzero.data.storage import Damaged, Storage
 from avzero.spec import Task
 from avzero.train.records import Epoch, Result
 from avzero.train.schedule import Plateau
@@ -74,8 +74,8 @@ class RunFolder:
 
     def begin(self) -> None:
         """Write what the run is, for people who look into the folder."""
-        if self.storage.size(f"{self.prefix}/task.json") is None:
-            self._write_json("task.json", self.task.model_dump(mode="json"))
+        text = canonical(self.task.model_dump(mode="json"))
+        self.storage.create(f"{self.prefix}/task.json", text.encode())
 
     def load(self) -> tuple[State, Tensors, Tensors] | None:
         """Return the state after the last whole epoch, its weights and optimiser tensors.
@@ -111,7 +111,10 @@ class RunFolder:
     def _tensors(self, state: State, role: str) -> Tensors:
         """Load a file named by the state. Raises ``KeyError`` when missing or damaged."""
         name = state.files[role]
-        data = self.storage.read(f"{self.prefix}/{name}")
+        try:
+            data = self.storage.read(f"{self.prefix}/{name}")
+        except Damaged as error:
+            raise KeyError(name) from error
         if sha256_hex(data) != state.digests[name]:
             raise KeyError(name)
         return load_tensors(data)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from avzero.data.storage import open_storage
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.spec import Resources, Task
@@ -81,7 +82,9 @@ def train(url: str, task: str, need: str) -> bool:
     """Train one run to its end; return whether it got there."""
     try:
         resources = Resources.model_validate_json(need)
-        for _ in drive(FeatureStore(url), Task.model_validate_json(task), resources):
+        for _ in drive(
+            FeatureStore(open_storage(url, check=False)), Task.model_validate_json(task), resources
+        ):
             pass
     except (UserError, TrainingFailed):
         return False

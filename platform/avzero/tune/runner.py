@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import tune
 
+from avzero.data.storage import open_storage
 from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.spec import Resources, Task
@@ -39,7 +40,7 @@ class ArrayRunner(tune.Trainable):
     def _take(self, config: dict[str, Any]) -> None:
         self._name, self._first = config["id"], config["orders"]
         self._mailbox = config["mailbox"]
-        self._store = FeatureStore(config["store"])
+        self._store = FeatureStore(open_storage(config["store"], check=False))
         self._need = Resources.model_validate(config["resources"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
