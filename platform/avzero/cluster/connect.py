@@ -37,11 +37,9 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
         yield
         return
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "runtime_env": {"env_vars": passed_on | {"OMP_NUM_THREADS": "1"}},
-    }
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job has its own
+        common["runtime_env"] = {"env_vars": passed_on | {"OMP_NUM_THREADS": "1"}}
     try:
         if address:
             ray.init(address=address, **common)
