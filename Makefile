@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := .avzero/demo
 
-.PHONY: demo test lint unit bench clean
+.PHONY: demo test lint unit test-hosts bench clean
 
 # Made once; made again when the pins or the project file change.
 $(VENV)/ready: constraints.txt pyproject.toml
@@ -28,7 +28,11 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 unit: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not infra and not hosts"
+
+# Three hosts made from network namespaces (root): a worker cut off, the head killed, and more.
+test-hosts: $(VENV)/ready
+	$(BIN)/pytest -s -m hosts tests/hosts
 
 test: lint unit
 

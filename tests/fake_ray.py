@@ -40,7 +40,7 @@ class FakeRay(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: FakeRay
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name
+    def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
 
     def _answer(self, status: int, body: object) -> None:

@@ -349,7 +349,7 @@ def test_places_only_this_machine_sees() -> None:
     off = job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": "off"})})
     assert portable(off, "head.lab").store == "s3://lab/avzero"
     folder = off.model_copy(update={"store": "results"})
-    with pytest.raises(UserError, match="the cluster at head.lab cannot see it"):
+    with pytest.raises(UserError, match=r"the cluster at head\.lab cannot see it"):
         portable(folder, "head.lab")
     assert portable(folder, "head.lab", shared_folder=True).store == str(Path("results").absolute())
     here = portable(job.model_copy(update={"store": "results"}), "127.0.0.1")

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import requests
 
 from tests.conftest import ROOT
 from tests.hosts.net import Host, Network, wait
@@ -69,15 +70,15 @@ class Lab:
     def start_store(self, mlflow: bool = True) -> None:
         """Start S3 (moto) and MLflow."""
         self.store.start(
-            [BIN / "moto_server", "-H", "0.0.0.0", "-p", 9000],
+            [BIN / "moto_server", "-H", self.store.address, "-p", 9000],
             "moto.log",
-            QUIET,  # noqa: S104
+            QUIET,
         )
         wait(lambda: answers(f"{self.s3}/moto-api/"), 60, "moto")
         self.boto().create_bucket(Bucket="lab")
         if mlflow:
             self.store.start(
-                [BIN / "mlflow", "server", "--host", "0.0.0.0", "--port", 5000,  # noqa: S104
+                [BIN / "mlflow", "server", "--host", self.store.address, "--port", 5000,
                  "--backend-store-uri", f"sqlite:///{self.store.root}/mlflow.db",
                  "--serve-artifacts", "--artifacts-destination", f"{STORE}/mlflow",
                  "--workers", 1],
@@ -99,7 +100,7 @@ class Lab:
         gcs.mkdir(exist_ok=True)
         self.head.start(
             [BIN / "ray", "start", "--head", "--block", "--port", 6379, "--num-cpus", 0,
-             "--node-ip-address", self.head.address, "--dashboard-host", "0.0.0.0",  # noqa: S104
+             "--node-ip-address", self.head.address, "--dashboard-host", self.head.address,
              "--object-store-memory", 100_000_000, "--disable-usage-stats"],
             "ray.log",
             self.env() | HEAD | {"RAY_gcs_storage_path": str(gcs)},
@@ -211,18 +212,19 @@ def lab(root: Path, workers: Sequence[int] = (1, 1)) -> Iterator[Lab]:
 def answers(url: str) -> bool:
     """Return whether a server gives any HTTP answer."""
     try:
-        urllib.request.urlopen(url, timeout=3).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
+        requests.get(url, timeout=3)
+    except requests.RequestException:
         return False
     return True
 
 
 def get(url: str, token: str = "") -> Any:
-    """Return the JSON of a GET."""
-    request = urllib.request.Request(url)
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
-    with urllib.request.urlopen(request, timeout=5) as answer:
-        return json.load(answer)
+    """Return the JSON of a GET.
+
+    Raises:
+        OSError: no answer, or not a good one.
+    """
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    answer = requests.get(url, headers=headers, timeout=5)
+    answer.raise_for_status()
+    return answer.json()

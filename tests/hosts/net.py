@@ -95,7 +95,7 @@ class Host:
              "sh", "-c", script],
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        wait(lambda: ready.exists(), 10, f"host {self.name} boots")
+        wait(ready.exists, 10, f"host {self.name} boots")
         child = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children")
         self._pid = int(child.read_text().split()[0])
 
@@ -104,7 +104,7 @@ class Host:
 
     def command(self, words: Sequence[object], env: Mapping[str, str] | None = None) -> list[str]:
         """Return a command line that runs a command on the host."""
-        own = {"HOME": str(self.root / "home"), "TMPDIR": "/tmp"} | dict(env or {})  # noqa: S108
+        own = {"HOME": str(self.root / "home"), "TMPDIR": "/tmp"} | dict(env or {})  # noqa: S108 - its own
         return [
             "nsenter", "-t", str(self._pid), "-m", "-u", "-n", "-p",
             "env", *(f"{k}={v}" for k, v in own.items()), *map(str, words),

@@ -62,7 +62,7 @@ def _api(address: str | None) -> JobsApi:
     return JobsApi(address)
 
 
-def submit(
+def submit(  # noqa: PLR0913, PLR0917 - one per option
     job_file: _JobFile,
     address: _Address = None,
     store: _Store = None,
@@ -75,6 +75,9 @@ def submit(
     kubernetes: Annotated[
         bool, typer.Option("--kubernetes", help="Print a RayJob for kubectl instead.")
     ] = False,
+    template: Annotated[
+        str, typer.Option("--template", help="RayJob to fill in: a kustomize folder or a file.")
+    ] = "",
 ) -> None:
     """Run a sweep on a Ray cluster; the same command finds it again, or goes on with it."""
     from avzero.cluster.submission import Submission, passed_on, portable
@@ -82,7 +85,7 @@ def submit(
 
     job = open_job(job_file, store, tracking)
     if kubernetes:
-        _say(_rayjob(job))
+        _say(_rayjob(job, template))
         return
     variables = passed_on(env or [])
     api = _api(address)
@@ -116,13 +119,11 @@ def submit(
         raise typer.Exit(code)
 
 
-def _rayjob(job: Job) -> str:
+def _rayjob(job: Job, template: str) -> str:
     """Return a RayJob as YAML."""
-    try:
-        from avzero.cluster.kubernetes import render_rayjob  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise UserError("--kubernetes: this build of avzero cannot render a RayJob") from error
-    return str(render_rayjob(job))
+    from avzero.cluster.kubernetes import render_rayjob
+
+    return str(render_rayjob(job, template))
 
 
 def _name_of(sweep: str, store: str | None) -> tuple[str, Job | None]:
@@ -158,7 +159,7 @@ def status(sweep: _JobFile, address: _Address = None, store: _Store = None) -> N
     place = store or (job.store if job else "")
     if address:
         latest = _latest(_api(address), name)
-        place = place or latest.metadata["avzero_store"]
+        place = place or latest.metadata.get("avzero_store", "")
         _say(f"{latest.id}: {latest.status} according to the cluster")
     sign = last_sign(open_storage(place or DEFAULT_STORE), name)
     if not sign.claim and not address:

@@ -55,7 +55,7 @@ class Sign:
     def line(self, sweep: str) -> str:
         """Return the sweep's state in a line."""
         if not self.claim:
-            return f"sweep {sweep}: never driven"
+            return f"sweep {sweep}: no driver has started yet"
         where = f"on {self.claim['host']}"
         if self.claim.get("submission"):
             where += f" (job {self.claim['submission']})"
