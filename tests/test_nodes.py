@@ -26,6 +26,9 @@ LARGE = {"CPU": 8.0, "GPU": 2.0}
         ([{"GPU": 1.0}] * 2, {"gpus": 2, "cpus": 0}, 0),
         ([LARGE] * 2, {"gpus": 1, "workers": 4, "cpus": 2}, 1),
         ([SMALL], {"gpus": 0, "cpus": 0}, 1),
+        ([SMALL] * 2, {"cpus": 2, "workers": 3, "min_workers": 2}, 1),
+        ([SMALL], {"cpus": 2, "workers": 3, "min_workers": 2}, 0),
+        ([SMALL] * 6, {"cpus": 2, "workers": 3, "min_workers": 2}, 2),
         ([], {}, 0),
     ],
 )

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"hosts: {missing()}"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ground() -> Iterator[Path]:
     """A folder for the hosts' files that no host hides behind its own ``/tmp``."""
     folder = Path(tempfile.mkdtemp(prefix="avzero-hosts-", dir="/var/tmp"))

@@ -71,22 +71,25 @@ class Host:
         _do("ip", "-n", self.space, "addr", "add", f"{self.address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _do("ip", "-n", self.space, "link", "set", device, "up")
+        # Ray learns its address from the route a packet would take; nobody is there to take one.
+        _do("ip", "-n", self.space, "route", "add", "default", "via", f"{SUBNET}.253")
 
     def boot(self) -> None:
         """Start its first process; files in ``root`` survive, processes and ``/dev/shm`` do not."""
-        folders = {part: self.root / part for part in ("tmp", "home")}
+        folders = {part: self.root / part for part in ("tmp", "home", "etc")}
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
-        hosts = self.root / "hosts"
         lines = [f"{h.address} {' '.join([h.name, *h.aliases])}" for h in self.net.hosts.values()]
-        hosts.write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
-        (self.root / "resolv").write_text("")
-        ready = self.root / "ready"
+        hosts = "\n".join(["127.0.0.1 localhost", *lines])
+        etc, ready = folders["etc"], self.root / "ready"
         ready.unlink(missing_ok=True)
+        # Own /etc over the machine's; no name server, or every look-up would wait for one.
         script = (
             "set -e; mount --make-rprivate /; mount -t proc proc /proc; "
-            f"mount --bind {hosts} /etc/hosts; mount --bind {self.root / 'resolv'} "
-            "/etc/resolv.conf; mount -t tmpfs -o size=1g tmpfs /dev/shm; "
+            f"mount -t tmpfs tmpfs {etc}; mkdir {etc}/upper {etc}/work; mount -t overlay overlay "
+            f"-o lowerdir=/etc,upperdir={etc}/upper,workdir={etc}/work /etc; "
+            f"echo '{hosts}' > /etc/hosts; echo > /etc/resolv.conf; "
+            "mount -t tmpfs -o size=1g tmpfs /dev/shm; "
             f"hostname {self.name}; touch {ready}; mount --bind {folders['tmp']} /tmp; "
             "exec sleep infinity"
         )

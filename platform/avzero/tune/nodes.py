@@ -51,18 +51,20 @@ def room(nodes: Sequence[Node], need: Resources) -> int:
     """Return how many runs the nodes hold at once."""
     if not need.cpus and not need.gpus:
         return 1 if nodes else 0
-    return sum(workers_on(node, need) for node in nodes) // need.workers
+    held = sum(workers_on(node, need) for node in nodes)
+    return held // need.workers or int(held >= (need.min_workers or need.workers))
 
 
 def misfit(nodes: Sequence[Node], need: Resources) -> str:
     """Return why not even one run fits, with the numbers; nothing where one does."""
     if room(nodes, need):
         return ""
-    together, several = total(nodes), need.workers > 1
+    least = need.min_workers or need.workers
+    together, several = total(nodes), least > 1
     for name, each in (("CPU", need.cpus), ("GPU", need.gpus)):
-        if each and together.get(name, 0) < each * need.workers:
+        if each and together.get(name, 0) < each * least:
             return (
-                f"a run needs {each * need.workers:g} {name} (on {need.workers} "
+                f"a run needs {each * least:g} {name} (on {least} "
                 f"worker{'s' * several}), the cluster has {together.get(name, 0):g}"
             )
     asked = " and ".join(f"{n:g} {k}" for k, n in (("CPU", need.cpus), ("GPU", need.gpus)) if n)
@@ -72,6 +74,6 @@ def misfit(nodes: Sequence[Node], need: Resources) -> str:
     described = ", ".join(f"{count} of {shape}" for shape, count in shapes.most_common(5))
     held = sum(workers_on(node, need) for node in nodes)
     return (
-        f"a worker needs {asked} on one node and a run {need.workers} "
+        f"a worker needs {asked} on one node and a run {least} "
         f"worker{'s' * several}; the cluster's nodes ({described or 'none'}) hold {held}"
     )
