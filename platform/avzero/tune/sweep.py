@@ -191,7 +191,8 @@ class Sweep:
             if self.remaining:
                 arrays, slots = concurrency(self.job), self.job.resources.width
                 told = (self._pulse, *self.listeners)
-                desk = Desk(self.studies, self.record, told, slots, arrays, single)
+                deaths = self.job.resources.max_failures
+                desk = Desk(self.studies, self.record, told, slots, arrays, single, deaths)
                 self._run_tune(desk, arrays, single)
                 self.use = desk.use
                 desk.raise_trouble()
