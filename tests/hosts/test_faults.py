@@ -26,9 +26,9 @@ JOB: dict[str, Any] = {
     "store": STORE,
     "benchmarks": ["tiny"],
     "models": ["avca"],
-    "train": {"epochs": 12, "batches_per_epoch": 60, "batch_size": 64},
+    "train": {"epochs": 9, "batches_per_epoch": 60, "batch_size": 64},
     "fixed": {"avca": {"encoder_hidden": 64, "proj_hidden": 64, "depth": 1, "heads": "3x100"}},
-    "search": {"trials": 10, "min_epochs": 4, "sampler": "tpe", "seats": 4},
+    "search": {"trials": 8, "min_epochs": 3, "sampler": "tpe", "seats": 4},
     "resources": {"slots": 2},
 }
 
@@ -157,7 +157,7 @@ def test_a_cut_only_the_head_sees(here: Lab) -> None:
 
 def test_worker_cut_off_and_head_killed(here: Lab) -> None:
     following = submit(here, "faults")
-    gained(here, 10, "ten epochs, from submitting")
+    gained(here, 8, "eight epochs, from submitting")
 
     here.net.cut("worker1")
     gone = here.net["worker1"].address
