@@ -106,14 +106,15 @@ def submit(  # noqa: PLR0913, PLR0917 - one per option
         return
     verb = "submitted" if step.action == "start" else "attached"
     _say(f"Sweep {job.name}: {verb} as {run.id}{'; ' + step.why if step.why else ''}.")
-    later = f"Follow it: avzero logs {job.name} --follow. Stop it: avzero stop {job.name}."
+    at = f"{job.name} --address {api.address}"
+    later = f"Follow it: avzero logs {at} --follow. Stop it: avzero stop {at}"
     if not follow:
         _say(later)
         return
     try:
         code = run.follow()
     except KeyboardInterrupt:
-        _say(f"\nSweep {job.name} goes on at {api.address}. {later}")
+        _say(f"\nSweep {job.name} goes on. {later}")
         raise typer.Exit(130) from None
     if code:
         raise typer.Exit(code)
@@ -188,7 +189,7 @@ def logs(
             time.sleep(2)
             info, _ = tail.read(latest.id)
     except KeyboardInterrupt:
-        _say(f"\nSweep {name} goes on. Stop it: avzero stop {name}.")
+        _say(f"\nSweep {name} goes on. Stop it: avzero stop {name} --address {api.address}")
         raise typer.Exit(130) from None
 
 
