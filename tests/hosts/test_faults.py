@@ -140,6 +140,27 @@ def test_a_run_split_over_hosts(here: Lab) -> None:
     ended(here, following, "split", 150)
 
 
+def test_a_run_that_may_shrink(here: Lab) -> None:
+    """With one of its two hosts gone an elastic run goes on with one worker."""
+    following = submit(
+        here,
+        "elastic",
+        search={"trials": 1, "pruner": "none"},
+        train=JOB["train"] | {"epochs": 6},
+        resources={"workers": 2, "min_workers": 1},
+        seed=9,
+    )
+    gained(here, 2, "elastic: two epochs on two workers, from submitting")
+    here.net.cut("worker2")
+    gone = here.net["worker2"].address
+    here.lap("worker 2 cut off: declared dead", lambda: gone not in here.alive(), 100)
+    gained(here, 2, "elastic: two epochs on one worker")
+    here.net.heal("worker2")
+    ended(here, following, "elastic", 200)
+    check_epochs(here, "elastic", faults=1)
+    here.lap("healed worker back", lambda: gone in here.alive(), 150)
+
+
 def test_a_cut_only_the_head_sees(here: Lab) -> None:
     """The worker still reaches S3: what it goes on writing is a zombie's."""
     following = submit(here, "pair", search=JOB["search"] | {"trials": 6}, seed=8)
