@@ -125,6 +125,8 @@ def test_the_manifests_commands_complete_a_sweep(ground: Path) -> None:
         assert head.run([BIN / "python", "-c", make], env).returncode == 0
         dashboard = f"http://{head.address}:8265"
         wait(lambda: answers(f"{dashboard}/api/gcs_healthz"), 120, "the dashboard")
+        mlflow = f"http://{net['mlflow'].address}:5000/health"
+        wait(lambda: answers(mlflow), 120, "MLflow")
         for name in ("ingest", "sweep"):
             job = manifest.find(jobs, "RayJob", name)
             submit = manifest.submit_command(job, "http://sweep-head:8265")
