@@ -364,6 +364,15 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         passed_on(["AVZ_NOT"])
 
 
+def test_a_rayjob_instead(avzero: Run, job_file: Path) -> None:
+    pytest.importorskip("avzero.cluster.kubernetes")
+    code, out, err = avzero("submit", job_file, "--kubernetes", "--store", "s3://lab/avzero")
+    kinds = [document["kind"] for document in yaml.safe_load_all(out)]
+    assert (code, err) == (0, "") and kinds == ["ConfigMap", "RayJob"]
+    code, _, err = avzero("submit", job_file, "--kubernetes", "--template", "/nowhere")
+    assert code == 2 and "/nowhere: cannot be read as a template" in err
+
+
 # -- looking after it --------------------------------------------------------------------------
 
 

@@ -131,7 +131,7 @@ def next_step(name: str, jobs: Sequence[JobInfo], sign: Sign, job_key: str, done
     if running:
         newest = running[-1]
         if newest.metadata.get("avzero_job") == job_key:
-            return Step("attach", newest.id, "it was submitted before")
+            return Step("attach", newest.id, f"it was submitted before ({sign.line(name)})")
         if not sign.silent:
             raise UserError(
                 f"sweep {name}: {newest.id} is running with another version of the job; wait for "
