@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := .avzero/demo
 
-.PHONY: demo test test-infra lint unit bench stack stack-stop stack-status clean
+.PHONY: demo test test-infra test-hosts lint unit bench stack stack-stop stack-status clean
 
 # Made once; made again when the pins or the project file change.
 $(VENV)/ready: constraints.txt pyproject.toml
@@ -29,6 +29,10 @@ lint: $(VENV)/ready
 
 unit: $(VENV)/ready
 	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not infra and not hosts"
+
+# Three hosts made from network namespaces (root): a worker cut off, the head killed, and more.
+test-hosts: $(VENV)/ready
+	$(BIN)/pytest -s -m hosts tests/hosts
 
 test: lint unit
 

@@ -32,6 +32,7 @@ from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
 from avzero.train.outcome import conclude_stage_1
 from avzero.tune.cohorts import proposals, structural
+from avzero.tune.nodes import cluster_nodes, misfit
 from avzero.tune.plan import (
     Plan,
     course,
@@ -40,7 +41,7 @@ from avzero.tune.plan import (
     survivors,
 )
 from avzero.tune.rungs import SEAT, START, should_stop
-from avzero.tune.sweep import Sweep, cluster_resources
+from avzero.tune.sweep import Sweep
 from tests.conftest import Run, make_task
 from tests.sweeps import SETTINGS, sweep
 from tests.trials import trial_view
@@ -69,7 +70,8 @@ def planned(place: Path, cost: Cost | None = COST, arrays: int = 2, **changes: A
     """Return a plan whose costs are given."""
     run = sweep(place, **changes)
     groups = tuple(group_plan(group, group.start_points, 8, 0, cost) for group in run.groups)
-    return Plan(run.job, groups, {"CPU": 2.0, "memory": 8e9}, arrays)
+    nodes = [{"CPU": 2.0, "memory": 8e9}]
+    return Plan(run.job, groups, nodes[0], arrays, misfit(nodes, run.job.resources))
 
 
 def text_of(plan: Plan, run: Sweep) -> str:
@@ -326,7 +328,7 @@ def test_warnings(place: Path) -> None:
     (placed,) = warnings(
         planned(place, None, 0, resources={"cpus": 4.0, "workers": 2, "slots": 1}), storage
     )
-    assert "a run needs 8 CPU (there is 2) on 2 workers" in placed and "--address" in placed
+    assert "a run needs 8 CPU (on 2 workers), the cluster has 2" in placed and "--address" in placed
     (memory,) = warnings(planned(place, replace(COST, memory=4_500_000_000)), storage)
     assert "2 arrays need 9.1 GB of memory, there are 8 GB; lower resources.slots" in memory
     (full,) = warnings(planned(place, replace(COST, kept=10**17)), storage)
@@ -463,7 +465,7 @@ def test_plan_then_sweep(ray_local: None, avzero: Run, place: Path) -> None:
     changes: dict[str, Any] = {"name": "compared", "resources": {"concurrent": 1}}
     path = job_file(place, tracking={"uri": "off"}, **changes)
     run = sweep(place, **changes)
-    plan = make_plan(run, have=cluster_resources())
+    plan = make_plan(run, nodes=cluster_nodes())
     assert plan.calibrated and plan.arrays >= 1
     plan.save(run.store.storage)
     run.listeners = (Bookkeeper(run.store.storage),)

@@ -17,7 +17,7 @@ from avzero.models._registry import model_class, model_files
 from avzero.spec import Task
 from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
-from avzero.train.world import global_world
+from avzero.train.world import working_world
 from tests.conftest import make_task
 
 NO_DROPOUT = {"r_enc": 0.0, "r_proj": 0.0, "r_add": 0.0}
@@ -41,7 +41,11 @@ def run(rank: int, size: int, port: int, url: str, tasks: list[str], out: str) -
         task = Task.model_validate_json(text)
         folder = RunFolder(store.storage, task)
         folder.prefix += f"-{size}"
-        trainer = Trainer(task, store.open(task.benchmark), folder, global_world())
+        world, active = working_world(task.train.batch_size)
+        if not active:
+            done.append(([], {}))
+            continue
+        trainer = Trainer(task, store.open(task.benchmark), folder, world)
         records = [(e.losses, e.val, e.lr) for e in trainer.epochs()]
         done.append((records, trainer.model.state_dict()))
     torch.save(done, f"{out}.{size}.{rank}")
@@ -141,3 +145,24 @@ def test_every_system_on_two_workers(
             assert losses_2 == pytest.approx(losses, rel=1e-5, abs=1e-9), task.model
             assert val_2 == pytest.approx(val), task.model
         assert all(torch.equal(two[1][k], other[1][k]) for k in two[1]), task.model
+
+
+def test_a_worker_the_batch_cannot_be_split_over_looks_on(
+    benchmark: Benchmark, store: FeatureStore, tmp_path: Path
+) -> None:
+    """A batch of 32 on three workers: two train as two would, the third has nothing to do."""
+    task = make_task(
+        benchmark, seed=5009, train={"epochs": 2, "batch_size": 32, "precision": "float64"}
+    )
+    out = str(tmp_path / "run")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for size in (1, 3):
+        arguments = (size, port, store.storage.url, [task.model_dump_json()], out)
+        mp.spawn(run, arguments, nprocs=size)  # type: ignore[no-untyped-call]
+    ((one, _),) = torch.load(f"{out}.1.0")
+    ((first, _),), ((second, _),), ((third, _),) = (torch.load(f"{out}.3.{r}") for r in range(3))
+    assert first == second and third == [] and len(first) == 2
+    for (losses, _, _), (losses_3, _, _) in zip(one, first, strict=True):
+        assert losses_3 == pytest.approx(losses, rel=1e-5)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from avzero.cluster.commands import register as register_cluster
 from avzero.errors import UserError
 from avzero.report.commands import compare, report
 from avzero.report.terminal import DEFAULT_STORE, StoreOption, terminal
@@ -225,28 +226,9 @@ def models(
 
 def _open_job(sweep: str, store: str | None, tracking: str | None) -> Job:
     """Read a job from its file or, by name, from the store; apply the command line's options."""
-    from avzero.data.storage import open_storage
-    from avzero.spec import PLAIN_NAME, Job, load_job, validate
+    from avzero.tune.opening import open_job
 
-    if Path(sweep).suffix in (".yaml", ".yml") or Path(sweep).is_file():
-        job = load_job(Path(sweep))
-    else:
-        place = open_storage(store or DEFAULT_STORE)
-        if not PLAIN_NAME.fullmatch(sweep):
-            raise UserError(f"{sweep!r} is neither a job file nor a sweep's name")
-        try:
-            stored = json.loads(place.read(f"sweeps/{sweep}/job.json"))
-        except KeyError as error:
-            raise UserError(
-                f"{place.url}: no sweep {sweep!r}; give a job file, or the --store it ran in"
-            ) from error
-        job = validate(Job, stored["job"], f"sweep {sweep}")
-    updates: dict[str, object] = {}
-    if store:
-        updates["store"] = store
-    if tracking:
-        updates["tracking"] = job.tracking.model_copy(update={"uri": tracking})
-    return job.model_copy(update=updates)
+    return open_job(sweep, store, tracking)
 
 
 def _listeners(job: Job, console: Console) -> list[Listener]:
@@ -288,15 +270,16 @@ def plan_command(
     from avzero.cluster.connect import ray_cluster
     from avzero.data.store import FeatureStore
     from avzero.report.plan import page
+    from avzero.tune.nodes import cluster_nodes
     from avzero.tune.plan import make_plan
-    from avzero.tune.sweep import Sweep, cluster_resources
+    from avzero.tune.sweep import Sweep
 
     job = _open_job(job_file, store, None)
     console = terminal()
     run = Sweep(job, FeatureStore(job.store))
     with ray_cluster(address) if address else nullcontext(), _progress(console) as progress:
-        have = cluster_resources() if address else None
-        plan = make_plan(run, not counts_only, have, progress)
+        nodes = cluster_nodes() if address else None
+        plan = make_plan(run, not counts_only, nodes, progress)
     if plan.calibrated:
         plan.save(run.store.storage)
     for part in page(plan, run.store.storage):
@@ -428,6 +411,9 @@ def import_checkpoint(  # noqa: PLR0913, PLR0917 - one per option
         console.print("\n".join(score_lines(test)))
         if stored:
             console.print("TEST was not opened again: this is the stored result.")
+
+
+register_cluster(app)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import avzero
 def code_revision() -> str:
     """Return ``<commit>`` or ``<commit>+changes`` of the source tree, or ``avzero <version>``."""
     here = Path(__file__).parent
+    shipped = here / "_shipped.json"  # code that travelled with a job (cluster.package)
+    if shipped.is_file():
+        return str(json.loads(shipped.read_text())["revision"])
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

@@ -214,6 +214,8 @@ class Resources(Strict):
 
     workers: Count = 1
     """Ray Train workers of one trial; above 1 the batch is split over them."""
+    min_workers: Count | None = Field(None, exclude_if=lambda value: value is None)
+    """Go on with as few when nodes are lost, and grow again when they return; None: always all."""
     cpus: NonNegative = 1.0
     """Per worker."""
     gpus: NonNegative = 0.0
@@ -232,11 +234,21 @@ class Resources(Strict):
     def _whole_gpus(self) -> Resources:
         if self.workers > 1 and self.gpus != int(self.gpus):
             raise ValueError("gpus must be whole with several workers: NCCL allows one per GPU")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError("gpus above 1 must be whole: a share is of one GPU")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError("min_workers must not exceed workers")
         if self.workers > 1 and self.slots > 1:
             raise ValueError(
                 "slots must be 1 with several workers: a run is stacked with others, or split"
             )
         return self
+
+    @property
+    def worker_range(self) -> int | tuple[int, int]:
+        """Workers of one trial: a number, or (fewest, most)."""
+        least = self.min_workers or self.workers
+        return self.workers if least == self.workers else (least, self.workers)
 
     @property
     def width(self) -> int:

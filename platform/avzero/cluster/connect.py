@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,12 +44,12 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # A worker that dies is Tune's to replace; its traceback says nothing a user could act on.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "runtime_env": {"env_vars": passed_on | {"OMP_NUM_THREADS": "1"}},
-    }
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job has its own
+        common["runtime_env"] = {"env_vars": passed_on | {"OMP_NUM_THREADS": "1"}}
     try:
         if address:
             ray.init(address=address, **common)

@@ -29,8 +29,9 @@ _INITIALISATION = 0x494E4954
 
 
 def extra_folders() -> list[Path]:
-    """Return the folders of ``AVZERO_PATH``."""
-    return [Path(p) for p in os.environ.get("AVZERO_PATH", "").split(os.pathsep) if p]
+    """Return the folders of ``AVZERO_PATH``, and those that travelled with a submitted job."""
+    named = [Path(p) for p in os.environ.get("AVZERO_PATH", "").split(os.pathsep) if p]
+    return [*named, *sorted((Path(__file__).parents[1] / "_own").glob("*"))]
 
 
 def model_files() -> dict[str, Path]:

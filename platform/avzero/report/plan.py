@@ -12,7 +12,6 @@ from rich.table import Table
 
 from avzero.data.storage import Storage
 from avzero.report.units import duration, size
-from avzero.spec import Resources
 from avzero.track.payload import EPOCH_KEYS, METRIC_KEYS, settings
 from avzero.tune.plan import GroupPlan, Plan
 from avzero.tune.rungs import rung_epochs
@@ -151,7 +150,10 @@ def warnings(plan: Plan, storage: Storage) -> Iterator[str]:
     """Yield what will not work, or not as well as the job assumes; each with its remedy."""
     need = plan.job.resources
     if not plan.arrays:
-        yield _misplaced(need, plan)
+        yield (
+            f"nothing fits, and nothing was calibrated: {plan.misfit}; lower resources, or give a "
+            "larger cluster with --address"
+        )
     for g in plan.groups:
         yield from _group_warnings(g, plan)
     costs = [g.cost for g in plan.groups if g.cost]
@@ -192,20 +194,6 @@ def _group_warnings(g: GroupPlan, plan: Plan) -> Iterator[str]:
             f"{g.group.key}: the first {cost.runs} trials make {cost.stacks} stacks, so that "
             f"little is gained by stacking; raise search.cohort, or fix {' or '.join(g.structural)}"
         )
-
-
-def _misplaced(need: Resources, plan: Plan) -> str:
-    """Return why not one run fits."""
-    lacking = [
-        f"{per_worker * need.workers:g} {name} (there is {plan.have.get(name, 0):g})"
-        for name, per_worker in (("CPU", need.cpus), ("GPU", need.gpus))
-        if per_worker * need.workers > plan.have.get(name, 0)
-    ]
-    on = f" on {need.workers} workers" if need.workers > 1 else ""
-    return (
-        f"nothing fits, and nothing was calibrated: a run needs {' and '.join(lacking)}{on}; lower "
-        "resources, or give a larger cluster with --address"
-    )
 
 
 def _free(root: Path) -> int:

@@ -18,7 +18,7 @@ from avzero.spec import Resources, Task
 from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
 from avzero.train.records import Epoch, TrainingFailed
-from avzero.train.world import global_world
+from avzero.train.world import global_world, working_world
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 120
@@ -129,22 +129,31 @@ def _run_worker(config: dict[str, Any]) -> None:
     import ray.train
 
     set_threads(config["resources"]["cpus"])
-    world = global_world()
-    store = FeatureStore(open_storage(config["store"], check=False))
     task = Task.model_validate(config["task"])
+    everyone = global_world()
+    world, active = working_world(task.train.batch_size)
+    if not active:
+        while (said := everyone.from_first(None) if everyone else None) is not None:
+            ray.train.report(said["metrics"])
+            if said["stop"]:
+                return
+        return
+    store = FeatureStore(open_storage(config["store"], check=False))
     folder = RunFolder(store.storage, task)
     device = device_of(Resources.model_validate(config["resources"]))
     trainer = Trainer(task, store.open(task.benchmark), folder, world, device)
     for epoch in trainer.epochs():
-        stop = False
+        said = {"metrics": {"epoch": epoch.epoch, "loss": epoch.loss, **epoch.val}, "stop": False}
         if trainer.first:
             row = {"epoch": epoch.as_dict(), "replayed": epoch.replayed}
-            stop = ray.get(config["mailbox"].put.remote(row))
-        ray.train.report({"epoch": epoch.epoch, "loss": epoch.loss, **epoch.val})
-        if world is not None:
-            stop = world.from_first(stop)
-        if stop:
+            said["stop"] = ray.get(config["mailbox"].put.remote(row))
+        if everyone is not None:
+            said = everyone.from_first(said)
+        ray.train.report(said["metrics"])
+        if said["stop"]:
             return
+    if everyone is not None:
+        everyone.from_first(None)  # those that look on are done too
 
 
 def _with_ray_train(
@@ -156,6 +165,7 @@ def _with_ray_train(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    workers: Any = resources.worker_range  # Ray's annotations lack (fewest, most)
     with _notes_of_ray(store.storage, task) as (path, system):
         trainer = TorchTrainer(
             _worker,
@@ -170,7 +180,7 @@ def _with_ray_train(
                 backend="nccl" if resources.gpus else "gloo", timeout_s=_WAIT_SECONDS
             ),
             scaling_config=ScalingConfig(
-                num_workers=resources.workers,
+                num_workers=workers,
                 use_gpu=bool(resources.gpus),
                 resources_per_worker={"CPU": resources.cpus}
                 | ({"GPU": resources.gpus} if resources.gpus else {}),

@@ -12,11 +12,13 @@ Below ``runs/<task id>/``::
 
 Weights and optimiser files carry the writer's attempt in their name, so a worker that was given
 up for dead cannot overwrite what its replacement relies on; ``state.json`` carries their digests.
+A worker that comes back and finds its run further on than itself leaves the state alone.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +34,9 @@ from avzero.train.records import Epoch, Result
 from avzero.train.schedule import Plateau
 
 Tensors = dict[str, Tensor]
+
+_ALONE_SECONDS = 3.0
+"""Nobody is given up for dead, replaced and overtaken in less."""
 
 
 @dataclass
@@ -57,6 +62,7 @@ class RunFolder:
         self.task = task
         self.prefix = f"runs/{task.id}"
         self._attempt = uuid.uuid4().hex[:8]
+        self._published = time.monotonic()
 
     @property
     def url(self) -> str:
@@ -166,6 +172,13 @@ class RunFolder:
     def _publish(self, state: State, old: set[str]) -> None:
         """Write the state, then remove files it no longer names."""
         kept = set(state.files.values())
+        ahead = self._ahead(state)
+        if ahead is not None:  # the same run, so the same numbers: what counts is there already
+            state.files, state.digests = ahead.files, ahead.digests
+            for name in (old | kept) - set(ahead.files.values()):
+                if self._attempt in name:
+                    self.storage.delete(f"{self.prefix}/{name}")
+            return
         state.digests = {name: d for name, d in state.digests.items() if name in kept}
         self._write_json(
             "state.json",
@@ -179,8 +192,19 @@ class RunFolder:
                 "finished": state.finished,
             },
         )
+        self._published = time.monotonic()
         for name in old - kept:
             self.storage.delete(f"{self.prefix}/{name}")
+
+    def _ahead(self, state: State) -> State | None:
+        """Return the stored state if a replacement of this worker has brought it further."""
+        if time.monotonic() - self._published < _ALONE_SECONDS:
+            return None
+        stored = self.load_state()
+        if stored is None:
+            return None
+        theirs, mine = (len(stored.history), stored.finished), (len(state.history), state.finished)
+        return stored if theirs > mine else None
 
     def load_result(self, kind: str, frozen: str = "") -> Result | None:
         """Return the stored result, if there is one.

@@ -34,6 +34,7 @@ class Desk:
         slots: trials an array trains at once.
         arrays: how many arrays there will be.
         single: whether an array keeps its one trial to the end (``execution: trial``).
+        most_deaths: a trial may be in so many arrays that die before it has failed.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Desk:
         slots: int,
         arrays: int,
         single: bool = False,
+        most_deaths: int = 0,
     ) -> None:
         self._studies = studies
-        self._single = single
+        self._single, self._most_deaths = single, most_deaths
         self._rounds = self._epochs = 0
         self._record = record
         self._listeners = listeners
@@ -58,6 +60,10 @@ class Desk:
         """Array -> the trials it was given last, by run."""
         self._deaths: Counter[str] = Counter()
         """Run -> how many arrays have died with it."""
+        self._suspects: set[str] = set()
+        """Runs in arrays that died too often: each is trained alone."""
+        self._heard: set[str] = set()
+        """Arrays that run; others wait for a place."""
 
     def raise_trouble(self) -> None:
         """Raise the first thing that went wrong, if anything did."""
@@ -106,13 +112,20 @@ class Desk:
         """Return whether a single trial has ended, or waits while another could be trained."""
         mine = self._held.get(array, {})
         ready = {view.task.id for view in self._runnable()}
-        taken = {task for held in self._held.values() for task in held}
+        # What an array holds that waits for a place could be waiting for this one's.
+        taken = {task for one in self._heard for task in self._held.get(one, {})}
         running = any(self._studies[v.group.key].runs(task) for task, v in mine.items())
         return not running or (not ready & mine.keys() and bool(ready - taken))
 
     def release(self, array: str) -> None:
         """Take back the trials of an array that has ended."""
         self._held.pop(array, None)
+        self._heard.discard(array)
+
+    def fell(self, array: str) -> None:
+        """Take back the trials of an array whose worker died and that will be started again."""
+        self._deaths.update(list(self._held.get(array, {})))
+        self.release(array)
 
     def _runnable(self) -> list[TrialView]:
         return [view for study in self._studies.values() for view in study.runnable()]
@@ -121,8 +134,8 @@ class Desk:
         self, ready: Sequence[TrialView], mine: Mapping[str, TrialView]
     ) -> dict[str, TrialView]:
         """Return the trials for an array: those it had, then those that stack with them."""
-        # A run that arrays died with is trained alone: it may be what kills them.
-        safe = [view for view in ready if not self._deaths[view.task.id]]
+        # What arrays died with again and again is trained alone: it may be what kills them.
+        safe = [view for view in ready if view.task.id not in self._suspects]
         if not safe:
             return {view.task.id: view for view in ready[:1]}
         kept = [view for view in safe if view.task.id in mine]
@@ -144,6 +157,7 @@ class Desk:
         """Take an array's reports."""
         changed: dict[str, GroupStudy] = {}
         self._rounds += bool(self._held.get(array))
+        self._heard.add(array)
         try:
             for row in rows:
                 if "trouble" in row:
@@ -164,12 +178,12 @@ class Desk:
     def lost(self, array: str, reason: str) -> None:
         """Take back the trials of an array that died too often.
 
-        A trial that was alone in it has failed; several are tried one by one.
+        A trial that was alone in it has failed, if it was in as many; several are tried one by one.
         """
-        held = self._held.pop(array, {})
-        for task in held:
-            self._deaths[task] += 1
-        if len(held) == 1:
+        held = dict(self._held.get(array, {}))
+        self.fell(array)
+        self._suspects.update(held)
+        if len(held) == 1 and self._deaths[next(iter(held))] > self._most_deaths:
             row = {"task": next(iter(held)), "epoch": None, "finished": False, "failed": reason}
             self.take(array, [row])
 

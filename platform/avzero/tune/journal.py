@@ -1,8 +1,14 @@
-"""The journal file of a sweep: one Optuna study per group, written before anything acts on it."""
+"""The journal file of a sweep: one Optuna study per group, written before anything acts on it.
+
+On a file system it is ``sweeps/<name>/study.journal``. In object storage every driver has one of
+its own, begun with its predecessor's, and the claim (``tune.lease``) names the one that counts: a
+driver that was given up for dead and is not cannot write into its successor's.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +20,7 @@ from avzero.canon import identity
 from avzero.data.cache import cache_root
 from avzero.data.storage import Storage, disk_errors
 from avzero.errors import UserError
+from avzero.tune.lease import Lease, Numbers, read_claim
 from avzero.tune.space import Group
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -28,20 +35,27 @@ class Journal:
 
     def __init__(self, storage: Storage, sweep: str) -> None:
         self._storage = storage
-        self._key = f"sweeps/{sweep}/study.journal"
+        self._sweep = sweep
+        self._folder = f"sweeps/{sweep}"
+        self._key = f"{self._folder}/study.journal"
         own = storage.local_path(self._key)
         self._mirrored = own is None
         self.path = own or cache_root() / "sweeps" / identity([storage.url, sweep]) / "journal"
-        self._sweep = sweep
+        self.lease: Lease | None = None
+        """While driving: the right to."""
+        self.numbers: Numbers = dict
+        """What the sweep has reached, for the heartbeat."""
+        self.outcome = "interrupted"
+        """How this call ended, for whoever looks at the heartbeat."""
         if self._mirrored:
-            self._fetch()
+            self._fetch(read_claim(storage, sweep).get("journal", self._key))
 
-    def _fetch(self) -> None:
+    def _fetch(self, key: str) -> None:
         """Bring the local copy up to date with object storage."""
         with disk_errors(self.path, "set AVZERO_CACHE to another folder"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._storage.download(self._key, self.path)
+            self._storage.download(key, self.path)
         except KeyError:
             self.path.unlink(missing_ok=True)
 
@@ -68,14 +82,14 @@ class Journal:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Be the sweep's only driver on this machine.
+        """Be the sweep's only driver.
 
         Raises:
-            UserError: another process is.
+            UserError: another process is, here or elsewhere.
         """
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = self.path.with_name("driver.lock").open("w")
+            handle = self.path.with_name("driver.lock").open("a+")
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,10 +98,45 @@ class Journal:
                     f"sweep {self._sweep}: another avzero is running it on this machine; wait for "
                     "it, or stop it"
                 ) from error
-            if self._mirrored:
-                self._fetch()
-            self._repair()
+            handle.seek(0)
+            lock = handle.read()
+            if not lock:
+                lock = uuid.uuid4().hex
+                handle.write(lock)
+                handle.flush()
+            with self._driving(Lease(self._storage, self._sweep, lock, self.numbers)):
+                yield
+
+    @contextmanager
+    def _driving(self, lease: Lease) -> Iterator[None]:
+        """Take over from the last driver; sign off at the end."""
+        if self._mirrored:
+            # Readers on this machine refresh their copy whenever they like.
+            for old in self.path.parent.glob("*.journal*"):
+                old.unlink(missing_ok=True)
+            self.path = self.path.with_name(f"{lease.attempt}.journal")
+            self._fetch(lease.before.get("journal", self._key))
+            self._key = f"{self._folder}/drivers/{lease.attempt}.journal"
+        self._repair()
+        if self._mirrored and self.path.exists():
+            self._storage.upload(self._key, self.path)
+        lease.claim(self._key)
+        self._forget({lease.attempt, lease.before.get("attempt", "")})
+        self.lease, self.outcome, message = lease, "interrupted", ""
+        try:
             yield
+        except UserError as error:
+            self.outcome, message = "failed", str(error)
+            raise
+        finally:
+            self.lease = None
+            lease.end(self.outcome, message)
+
+    def _forget(self, attempts: set[str]) -> None:
+        """Remove what drivers before the last one left."""
+        for key in self._storage.keys(f"{self._folder}/drivers/"):
+            if key.rpartition("/")[2].partition(".")[0] not in attempts:
+                self._storage.delete(key)
 
     def _repair(self) -> None:
         """Undo what a driver leaves that was killed while it wrote: its lock, half a line."""
@@ -100,6 +149,12 @@ class Journal:
                 self.path.write_bytes(data[:whole])
 
     def publish(self) -> None:
-        """Copy the journal to object storage."""
+        """Copy the journal to object storage.
+
+        Raises:
+            UserError: another driver has taken over.
+        """
+        if self.lease is not None:
+            self.lease.guard()
         if self._mirrored and self.path.exists():
             self._storage.upload(self._key, self.path)

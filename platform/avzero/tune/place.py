@@ -43,7 +43,9 @@ class ArraySearcher(_AtDesk, Searcher):
         if self._desk.over:
             return Searcher.FINISHED
         name = f"array-{self._started}"
-        orders = self._desk.orders(name)
+        # An array asks for its first orders when it runs: it may wait long for a place, and what
+        # it held meanwhile would wait with it.
+        orders = self._desk.orders(name) if self._single else []
         if self._desk.over:
             return Searcher.FINISHED
         if self._single and not orders:
@@ -105,5 +107,14 @@ class ArrayScheduler(_AtDesk, FIFOScheduler):
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Keep the error for the trials' records."""
+        """Keep the error for the trials' records; others take up what the array was training.
+
+        Tune starts it again, where and when there is a place, and it asks for new orders.
+        """
+        import ray
+
         self._searcher.note_error(trial.trial_id, trial.get_error())
+        if trial.should_recover():
+            name = self._names[trial.trial_id]
+            self._desk.fell(name)
+            ray.get(self._mailbox.put.remote(name, pack([])))

@@ -29,9 +29,10 @@ from avzero.errors import UserError
 from avzero.spec import Job, Resources, Search, Task
 from avzero.train.calibrate import Cost, measure, measure_on_worker
 from avzero.tune.cohorts import cohort_size, proposals, structural, structural_names
+from avzero.tune.nodes import Node, misfit, room, total
 from avzero.tune.rungs import decides
 from avzero.tune.space import Group
-from avzero.tune.sweep import Sweep, room
+from avzero.tune.sweep import Sweep
 
 _SAMPLE = 32
 """Configurations looked at for budgets, where these are searched."""
@@ -120,6 +121,8 @@ class Plan:
     """What the cluster, or this machine, has: CPU, GPU, memory."""
     arrays: int
     """How many run at once; 0: not one fits."""
+    misfit: str = ""
+    """Why not one fits."""
 
     @property
     def calibrated(self) -> bool:
@@ -211,7 +214,7 @@ class Plan:
 def make_plan(
     sweep: Sweep,
     calibrate: bool = True,
-    have: Mapping[str, float] | None = None,
+    nodes: Sequence[Node] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Plan:
     """Return a job's estimate; nothing is written to its store.
@@ -219,16 +222,16 @@ def make_plan(
     Args:
         sweep: the job's groups and what is done of them.
         calibrate: measure costs; without, only counts are known. Left out where no run fits.
-        have: resources of the connected Ray cluster, on which the calibration then runs; None:
-            this machine's.
+        nodes: those of the connected Ray cluster, on which the calibration then runs; None: this
+            machine.
         progress: is told which group is being calibrated.
 
     Raises:
         UserError: a run cannot be trained as the job asks.
     """
-    job, on_cluster = sweep.job, have is not None
-    have = this_machine() if have is None else have
-    fits = room(have, job.resources)
+    job, on_cluster = sweep.job, nodes is not None
+    nodes = [this_machine()] if nodes is None else nodes
+    fits = room(nodes, job.resources)
     arrays = min(fits, job.resources.concurrent or fits)
     plans = []
     for number, group in enumerate(sweep.groups):
@@ -241,7 +244,7 @@ def make_plan(
             cost = _measured(sweep, tasks, job.resources, on_cluster)
         done = group.trials - sweep.studies[group.key].remaining
         plans.append(group_plan(group, tries, seats, done, cost))
-    return Plan(job, tuple(plans), have, arrays)
+    return Plan(job, tuple(plans), total(nodes), arrays, misfit(nodes, job.resources))
 
 
 def _seats(sweep: Sweep, group: Group, arrays: int) -> int:

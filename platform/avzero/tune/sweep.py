@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from avzero.train.data import StageData
 from avzero.tune.desk import Desk, Mailbox
 from avzero.tune.journal import Journal
 from avzero.tune.listener import Listener, TrialView
+from avzero.tune.nodes import cluster_nodes, misfit, room
 from avzero.tune.place import METRIC, ArrayScheduler, ArraySearcher
+from avzero.tune.pulse import Pulse
 from avzero.tune.runner import ArrayRunner
 from avzero.tune.space import Group
 from avzero.tune.study import GroupStudy
@@ -76,6 +78,8 @@ class Sweep:
         }
         self._check_claim(earlier)
         self.journal = Journal(store.storage, job.name)
+        self._pulse = Pulse()
+        self.journal.numbers = self._pulse.numbers
         self.studies = self._open_studies()
 
     def _earlier_claim(self) -> dict[str, Any]:
@@ -159,7 +163,9 @@ class Sweep:
         with self.journal.exclusive():
             self.studies = self._open_studies()
             self.store.storage.write(self._claim_key, canonical(self._claim).encode())
-            return self._run_missing()
+            finished = self._run_missing()
+            self.journal.outcome = "finished" if finished else "interrupted"
+            return finished
 
     def _check_features(self) -> None:
         """Refuse features a system cannot use before anything starts (``StageData`` says why)."""
@@ -180,11 +186,13 @@ class Sweep:
         single = self.job.resources.execution == "trial" or self.job.resources.workers > 1
         finished = False
         try:
-            for listener in self.listeners:
+            for listener in (self._pulse, *self.listeners):
                 listener.sweep_started(self.job, self.groups, done)
             if self.remaining:
                 arrays, slots = concurrency(self.job), self.job.resources.width
-                desk = Desk(self.studies, self.record, self.listeners, slots, arrays, single)
+                told = (self._pulse, *self.listeners)
+                deaths = self.job.resources.max_failures
+                desk = Desk(self.studies, self.record, told, slots, arrays, single, deaths)
                 self._run_tune(desk, arrays, single)
                 self.use = desk.use
                 desk.raise_trouble()
@@ -255,26 +263,7 @@ class Sweep:
 
 def fits(need: Resources) -> int:
     """Return how many runs of ``need`` the connected cluster holds at once; 0 without one."""
-    return room(cluster_resources(), need)
-
-
-def cluster_resources() -> dict[str, float]:
-    """Return what the connected cluster has; nothing without one."""
-    import ray
-
-    if not ray.is_initialized():
-        return {}
-    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
-
-
-def room(have: Mapping[str, float], need: Resources) -> int:
-    """Return how many runs of ``need`` resources such as a cluster's hold at once."""
-    shares = [
-        int(have.get(name, 0) / (per_worker * need.workers))
-        for name, per_worker in (("CPU", need.cpus), ("GPU", need.gpus))
-        if per_worker
-    ]
-    return min(shares, default=1)
+    return room(cluster_nodes(), need)
 
 
 def check_placement(job: Job, need: Resources) -> int:
@@ -283,18 +272,11 @@ def check_placement(job: Job, need: Resources) -> int:
     Raises:
         UserError: not even one.
     """
-    import ray
-
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for name, per_worker in (("CPU", need.cpus), ("GPU", need.gpus)):
-        if per_worker and have.get(name, 0) < per_worker * need.workers:
-            raise UserError(
-                f"job {job.name}: a run needs {per_worker * need.workers:g} {name} "
-                f"(on {need.workers} worker{'s' * (need.workers > 1)}), "
-                f"the cluster has {have.get(name, 0):g}; "
-                "lower resources or workers, or add nodes"
-            )
-    return fits(need)
+    nodes = cluster_nodes()
+    problem = misfit(nodes, need)
+    if problem:
+        raise UserError(f"job {job.name}: {problem}; lower resources or workers, or add nodes")
+    return room(nodes, need)
 
 
 def concurrency(job: Job) -> int:
