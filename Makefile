@@ -14,6 +14,11 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# What the tiers against real servers and hosts need besides.
+$(VENV)/infra: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,server,infra]'
+	touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/avzero simulate $(DEMO)/DEMO --size small
 	$(BIN)/avzero ingest avca $(DEMO)/DEMO --features main --split main
@@ -31,13 +36,13 @@ unit: $(VENV)/ready
 	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not infra and not hosts"
 
 # Three hosts made from network namespaces (root): a worker cut off, the head killed, and more.
-test-hosts: $(VENV)/ready
+test-hosts: $(VENV)/infra
 	$(BIN)/pytest -s -m hosts tests/hosts
 
 test: lint unit
 
 # Against real servers: Ceph's S3 gateway, PostgreSQL, MLflow; what is missing is skipped and said.
-test-infra: $(VENV)/ready
+test-infra: $(VENV)/infra
 	$(BIN)/pytest -m infra
 
 # PostgreSQL, an S3 server and MLflow on loopback, to develop against; their data is in .avzero/stack.
