@@ -27,7 +27,7 @@ from avzero.spec import Protocol
 from avzero.train.data import StageData
 from avzero.tune.final import final_record
 from avzero.tune.imported import Import
-from tests.conftest import SMALL, make_task
+from tests.conftest import SMALL, Run, make_task
 
 COMPAT = Protocol.model_validate({"preset": "compat"}).model_dump(mode="json")
 PAPER = Protocol().model_dump(mode="json")
@@ -253,3 +253,14 @@ def test_doubts(width: int) -> None:
     assert "  cls: TCAF, AVFS, KDA, STFT" in text
     assert ("75.88" in text) == (width > 100)
     assert all(cell_len(line.rstrip()) <= width for line in text.splitlines())
+
+
+def test_command(place: Path, imported: Import, avzero: Run) -> None:
+    store = place / "store"
+    code, out, err = avzero("report", "--parity", "--store", store)
+    assert code == 0 and not err
+    assert "further published results" in out and "cannot be right as printed" in out
+    code, out, err = avzero("report", "--parity", "--json", "--store", store)
+    assert code == 2 and err.count("\n") == 1 and "--parity prints to the terminal alone" in err
+    code, out, err = avzero("report", "nowhere", "--parity", "--store", store)
+    assert code == 2 and err.count("\n") == 1 and "no sweep 'nowhere'" in err

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from avzero.errors import UserError
 from avzero.report.terminal import DEFAULT_STORE, StoreOption, terminal
+
+if TYPE_CHECKING:
+    from avzero.data.storage import Storage
 
 
 def report(
@@ -17,6 +20,9 @@ def report(
     latex: Annotated[Path | None, typer.Option("--latex", help="Write booktabs tables.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write one page to open.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Published results beside ours, with verdicts.")
+    ] = False,
     tracking: Annotated[
         str | None, typer.Option("--tracking", help="MLflow server the page links to.")
     ] = None,
@@ -32,6 +38,11 @@ def report(
     from avzero.report.table import render
 
     storage = open_storage(store)
+    if parity:
+        if csv or latex or html or as_json:
+            raise UserError("--parity prints to the terminal alone; the page (--html) has it, too")
+        _parity(storage, sweeps or [])
+        return
     records = load(storage, sweeps or [])
     rows = rows_of(records)
     told = notices(records, rows)
@@ -68,6 +79,22 @@ def report(
         console.print(f"Note: {line}")
     for path in files:
         console.print(f"{path}: written")
+
+
+def _parity(storage: Storage, sweeps: list[str]) -> None:
+    """Print the parity board, and what is wrong with published rows."""
+    from avzero.report.parity import board, unmatched
+    from avzero.report.parity_records import ours_in
+    from avzero.report.parity_view import doubts_view, parity_view
+
+    ours, problems = ours_in(storage, sweeps)
+    console = terminal()
+    for part in parity_view(board(ours), console.width, unmatched(ours)):
+        console.print(part)
+    for part in doubts_view(console.width):
+        console.print(part)
+    for problem in problems:
+        console.print(f"Note: {problem}")
 
 
 def compare(
