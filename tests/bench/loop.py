@@ -28,6 +28,7 @@ from avzero.data.benchmark import Benchmark, Role
 from avzero.data.store import FeatureStore
 from avzero.models._basic import memory
 from avzero.models._contract import Context, Model
+from avzero.models._random import Dropout
 from avzero.protocol.stages import STAGE_1
 from avzero.spec import Preset, TextAlignment
 from avzero.train import array
@@ -48,12 +49,17 @@ def shorter_memory(model: Model) -> int:
     return round(memory(model) * STEPS / EPOCH)
 
 
+def scores_of(trainer: Trainer) -> dict[str, float]:
+    """Return the VAL scores of a trained epoch."""
+    return trainer._scores(array._look([(trainer, {})])[0])
+
+
 def our_parts(name: str, trainer: Trainer) -> Parts:
     """Return our training of STEPS batches, an evaluation and a checkpoint."""
     next(trainer.epochs())  # the history a checkpoint carries, and warm code
     return {
         f"{name} train": lambda: array._train([trainer]),
-        f"{name} evaluate": trainer._evaluate,
+        f"{name} evaluate": lambda: scores_of(trainer),
         f"{name} save": lambda: trainer.folder.save(
             trainer.state, trainer._weights(), trainer._optimizer_tensors()
         ),
@@ -91,14 +97,14 @@ def same_mathematics(trainer: Trainer, loop: ReferenceLoop, bare: BareSteps) -> 
     """Return loss (of one batch, without dropout) and scores of both sides with one set of
     weights; refuse a gap: a stand-in that computes something else measures nothing."""
     weights = dict(weights_of(trainer._weights()))
-    ours = trainer._evaluate()
+    ours = scores_of(trainer)
     loop.network.load_state_dict(weights)
     theirs = loop.evaluate()
     batch = bare.batches[0]
     bare.model.load_state_dict(trainer._weights())
-    for name, value in bare.model.named_buffers():
-        if name.endswith(".p"):
-            value.zero_()
+    for module in bare.model.modules():
+        if isinstance(module, Dropout):
+            module.off = True
     own = sum(t.item() for t in bare.model.loss(batch, Context(bare.keys[0])).values())
     audio, video, text = batch.features["audio"], batch.features["video"], batch.text
     network = Network(audio.shape[-1], video.shape[-1], text.shape[-1], dict.fromkeys(RATES, 0.0))
