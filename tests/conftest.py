@@ -67,6 +67,7 @@ SMALL: dict[str, dict[str, object]] = {
 """Hyperparameters that make a system train in milliseconds; systems not named are fast enough."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two processes share the suite: modules stay whole, and what needs Ray shares one cluster.
 
