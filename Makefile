@@ -33,7 +33,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 unit: $(VENV)/ready
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not infra and not hosts"
+	$(BIN)/pytest -n 2 --no-loadscope-reorder -m "not infra and not hosts"
 
 # Three hosts made from network namespaces (root): a worker cut off, the head killed, and more.
 test-hosts: $(VENV)/infra

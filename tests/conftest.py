@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # What a user says about a store of theirs that the tests of S3 shall run against.
 USERS_BUCKET = os.environ.get("AVZERO_TEST_S3", "")
@@ -67,22 +69,28 @@ SMALL: dict[str, dict[str, object]] = {
 """Hyperparameters that make a system train in milliseconds; systems not named are fast enough."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the suite: modules stay whole, and what needs Ray shares one cluster.
+@functools.cache
+def _needs_ray(file: Path) -> bool:
+    """Whether a file of tests uses the shared Ray cluster."""
+    return "ray_local" in file.read_text(encoding="utf-8")
 
-    The longest groups start first.
-    """
-    groups: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        needs_ray = "ray_local" in getattr(item, "fixturenames", ()) or item.get_closest_marker(
-            "ray"
-        )
-        group = "ray" if needs_ray else str(item.path.name)
-        item.add_marker(pytest.mark.xdist_group(group))
-        groups.setdefault(group, []).append(item)
-    first = [groups.pop(name, []) for name in ("ray", "test_array.py", "test_contract.py")]
-    items[:] = [item for group in [*first, *groups.values()] for item in group]
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest first: what needs Ray, then the stacks and the contract."""
+    ahead = {"test_array.py": 1, "test_contract.py": 1}
+    items.sort(key=lambda i: 0 if _needs_ray(i.path) else ahead.get(i.path.name, 2))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share the suite between processes: files stay whole, and those with Ray share one cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if _needs_ray(config.rootpath / file) else file
+
+    return Files(config, log)
 
 
 @pytest.fixture(autouse=True)
