@@ -29,6 +29,12 @@ join tags s on s.run_uuid = r.run_uuid and s.key = 'avzero.sweep' and s.value = 
 left join metrics m on m.run_uuid = r.run_uuid
 where r.lifecycle_stage = 'active'
 """
+_TWICE = """
+select t.value, count(*)
+from runs r join tags t on t.run_uuid = r.run_uuid and t.key = 'avzero.run'
+join tags s on s.run_uuid = r.run_uuid and s.key = 'avzero.sweep' and s.value = '{sweep}'
+where r.lifecycle_stage = 'active' group by t.value having count(*) > 1
+"""
 
 
 class Lab:
@@ -61,7 +67,7 @@ class Lab:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def store(self, sweep: str) -> str:
-        """Return the URL of a sweep's own store: in a common one, sweeps share what they trained."""
+        """Return the URL of a sweep's own store: in a common one, sweeps share their trials."""
         url = f"s3://{BUCKET}/{sweep}"
         if sweep not in self._filled:
             FeatureStore(url).put(read_avca(self._release, "tiny", "main", name="tiny"))
@@ -116,13 +122,7 @@ class Lab:
         status = {row[0]: row[1] for row in rows}
         value = {(run, key, step): number for run, _, key, step, number, _ in rows if key}
         found = [f"{key} is there {n} times" for key, n in have.items() if n > 1]
-        twice = self.postgres.query(
-            "select t.value, count(*) from runs r join tags t on t.run_uuid = r.run_uuid "
-            "join tags s on s.run_uuid = r.run_uuid and s.key = 'avzero.sweep' "
-            f"and s.value = '{job.name}' "
-            "where t.key = 'avzero.run' and r.lifecycle_stage = 'active' "
-            "group by t.value having count(*) > 1"
-        )
+        twice = self.postgres.query(_TWICE.format(sweep=job.name))
         found += [f"run {identity} is there {count} times" for identity, count in twice]
         for trial in Sweep(job, FeatureStore(job.store)).done():
             if trial.twin_of is not None:
