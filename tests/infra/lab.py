@@ -29,10 +29,16 @@ join tags s on s.run_uuid = r.run_uuid and s.key = 'avzero.sweep' and s.value = 
 left join metrics m on m.run_uuid = r.run_uuid
 where r.lifecycle_stage = 'active'
 """
+_TWICE = """
+select t.value, count(*)
+from runs r join tags t on t.run_uuid = r.run_uuid and t.key = 'avzero.run'
+join tags s on s.run_uuid = r.run_uuid and s.key = 'avzero.sweep' and s.value = '{sweep}'
+where r.lifecycle_stage = 'active' group by t.value having count(*) > 1
+"""
 
 
 class Lab:
-    """PostgreSQL, an S3 server and MLflow of one's own, and a store that holds ``tiny``.
+    """PostgreSQL, an S3 server and MLflow of one's own, and stores that hold ``tiny``.
 
     Args:
         release: a tiny release to ingest.
@@ -45,12 +51,12 @@ class Lab:
         ports = {name: free_port() for name in ("postgres", "s3", "mlflow")}
         self._stack = Stack(self.folder, ports, ceph)
         self._release = release
+        self._filled: set[str] = set()
 
     def __enter__(self) -> Lab:
         try:
             self._stack.start()
             os.environ.update(s3_environment(self._stack.s3.url))
-            FeatureStore(self.store).put(read_avca(self._release, "tiny", "main", name="tiny"))
         except BaseException:
             self.__exit__()
             raise
@@ -60,10 +66,13 @@ class Lab:
         self._stack.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @property
-    def store(self) -> str:
-        """URL of the store."""
-        return f"s3://{BUCKET}/store"
+    def store(self, sweep: str) -> str:
+        """Return the URL of a sweep's own store: in a common one, sweeps share their trials."""
+        url = f"s3://{BUCKET}/{sweep}"
+        if sweep not in self._filled:
+            FeatureStore(url).put(read_avca(self._release, "tiny", "main", name="tiny"))
+            self._filled.add(sweep)
+        return url
 
     @property
     def postgres(self) -> Postgres:
@@ -75,7 +84,8 @@ class Lab:
 
     def job(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return a job that keeps everything here."""
-        return settings | {"store": self.store, "tracking": {"uri": self.mlflow.url}}
+        store = self.store(settings["name"])
+        return settings | {"store": store, "tracking": {"uri": self.mlflow.url}}
 
     def runs(self, sweep: str) -> int:
         """Return how many runs of a sweep MLflow has."""
@@ -112,13 +122,9 @@ class Lab:
         status = {row[0]: row[1] for row in rows}
         value = {(run, key, step): number for run, _, key, step, number, _ in rows if key}
         found = [f"{key} is there {n} times" for key, n in have.items() if n > 1]
-        twice = self.postgres.query(
-            "select t.value, count(*) from runs r join tags t on t.run_uuid = r.run_uuid "
-            "where t.key = 'avzero.run' and r.lifecycle_stage = 'active' "
-            "group by t.value having count(*) > 1"
-        )
+        twice = self.postgres.query(_TWICE.format(sweep=job.name))
         found += [f"run {identity} is there {count} times" for identity, count in twice]
-        for trial in Sweep(job, FeatureStore(self.store)).done():
+        for trial in Sweep(job, FeatureStore(job.store)).done():
             if trial.twin_of is not None:
                 continue
             if status.get(trial.task.id) != STATUS[trial.state]:

@@ -73,7 +73,7 @@ def test_split_over_workers_with_notes_in_the_bucket(lab: Lab, tmp_path: Path) -
         code, err = apart(command, job)
         assert code == 0, err
     assert lab.problems(SETTINGS | {"name": "split"}) == []
-    storage = S3Storage(lab.store)
+    storage = S3Storage(lab.store("split"))
     assert storage.keys("ray/") == [] and storage.keys("sweeps/split/final/")
     names = {key.split("/")[-1] for key in S3Storage("s3://avzero/mlflow").keys("")}
     assert {"job.yaml", "run.yaml", "learning_curves.png", "seen_unseen_curve.csv"} <= names
@@ -82,7 +82,7 @@ def test_split_over_workers_with_notes_in_the_bucket(lab: Lab, tmp_path: Path) -
 def test_tracker_that_is_down_at_the_start(lab: Lab, tmp_path: Path, avzero: Run) -> None:
     """One line, exit 2, nothing written; and none once the sweep goes without."""
     job = write(tmp_path / "job.yaml", lab.job(SETTINGS | {"name": "down"}))
-    before = S3Storage(lab.store).keys("")
+    before = S3Storage(lab.store("down")).keys("")
     lab.mlflow.stop()
     try:
         code, _, err = avzero("sweep", job)
@@ -95,7 +95,7 @@ def test_tracker_that_is_down_at_the_start(lab: Lab, tmp_path: Path, avzero: Run
     finally:
         lab.postgres.start()
         lab.mlflow.start()
-    assert S3Storage(lab.store).keys("") == before
+    assert S3Storage(lab.store("down")).keys("") == before
 
 
 def test_stack_says_what_runs(lab: Lab) -> None:

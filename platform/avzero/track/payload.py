@@ -263,7 +263,7 @@ def stage_2_outcome(job: Job, final: FinalView, epochs: Sequence[Epoch], result:
         return curves | (weights(final.folder) if job.tracking.checkpoints != "none" else {})
 
     cost = {"seconds": round(result.seconds, 2), "parameters": float(result.parameters)}
-    return Outcome(cost | rate(epochs), files=files)
+    return Outcome(cost, files=files)
 
 
 def test_outcome(final: FinalView, epochs: Sequence[Epoch], result: Result) -> Outcome:
