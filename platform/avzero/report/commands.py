@@ -12,6 +12,8 @@ from avzero.report.terminal import DEFAULT_STORE, StoreOption, terminal
 
 if TYPE_CHECKING:
     from avzero.data.storage import Storage
+    from avzero.report.boards import Board
+    from avzero.report.records import Records
 
 
 def report(
@@ -58,13 +60,7 @@ def report(
     if latex:
         files[latex] = to_latex(tables)
     if html:
-        from avzero.report.mlflow_links import links
-        from avzero.report.page import page
-        from avzero.report.parity import board
-        from avzero.report.parity_records import ours_in
-
-        ours, _ = ours_in(storage, sweeps or [])
-        files[html] = page(records, tables, told, board(ours), links(records, tracking))
+        files[html] = _page(storage, sweeps or [], records, tables, told, tracking)
     for path, text in files.items():
         _save(path, text)
     if as_json:
@@ -79,6 +75,24 @@ def report(
         console.print(f"Note: {line}")
     for path in files:
         console.print(f"{path}: written")
+
+
+def _page(
+    storage: Storage,
+    sweeps: list[str],
+    records: Records,
+    tables: list[Board],
+    told: list[str],
+    tracking: str | None,
+) -> str:
+    """Return the page, with the parity board on it."""
+    from avzero.report.mlflow_links import links
+    from avzero.report.page import page
+    from avzero.report.parity import board
+    from avzero.report.parity_records import ours_in
+
+    ours, _ = ours_in(storage, sweeps)
+    return page(records, tables, told, board(ours), links(records, tracking))
 
 
 def _parity(storage: Storage, sweeps: list[str]) -> None:
