@@ -24,7 +24,7 @@ def test_node_that_is_killed(place: Path, tmp_path: Path) -> None:
 
     settings = SETTINGS | {
         "name": "nodes",
-        "train": {"epochs": 6, "batches_per_epoch": 60, "batch_size": 64},
+        "train": {"epochs": 6, "batches_per_epoch": 20, "batch_size": 64},
         "search": {"trials": 10, "min_epochs": 2, "sampler": "random", "pruner": "none"},
         "resources": {"slots": 2, "concurrent": 2},
         "store": str(place / "store"),
