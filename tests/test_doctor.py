@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import boto3
 import pytest
@@ -98,7 +97,7 @@ def test_s3_is_well(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("s3://none/avzero", "no such bucket; create it or correct the URL"),
+        ("s3://none/avzero", "no such bucket; create it, or correct the URL"),
         ("gs://lab/avzero", "unknown kind of storage"),
     ],
 )
@@ -109,20 +108,21 @@ def test_wrong_stores(s3: str, monkeypatch: pytest.MonkeyPatch, url: str, messag
 
 
 def test_a_bucket_that_may_only_be_read(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.client import BaseClient
     from botocore.exceptions import ClientError
 
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3)
-    real = boto3.client
+    real = BaseClient._make_api_call
 
-    def readonly(*args: Any, **more: Any) -> Any:
-        client = real(*args, **more)
-        denied = ClientError({"Error": {"Code": "AccessDenied"}}, "PutObject")
-        client.put_object = mock.Mock(side_effect=denied)
-        return client
+    def readonly(client: Any, operation: str, arguments: Any) -> Any:
+        if operation == "PutObject":
+            answer: Any = {"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {}}
+            raise ClientError(answer, operation)
+        return real(client, operation, arguments)
 
-    monkeypatch.setattr(boto3, "client", readonly)
+    monkeypatch.setattr(BaseClient, "_make_api_call", readonly)
     (found,) = guarded("store", lambda: check_store("s3://lab/avzero"))
-    assert found.state == "fail" and "access denied; check the credentials" in found.text
+    assert found.state == "fail" and "may be read but not written" in found.text
 
 
 def test_a_store_that_ignores_conditions(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

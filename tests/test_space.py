@@ -29,7 +29,10 @@ def job(**changes: object) -> Job:
     ("text", "message"),
     [
         ("name: x\nbenchmark: [tiny]\nmodels: [avca]\n", "unknown key 'benchmark'; known keys: be"),
-        (BASE + "search: {trial: 3}\n", "unknown key 'search.trial'; known keys: min_epochs"),
+        (
+            BASE + "search: {trial: 3}\n",
+            "unknown key 'search.trial'; known keys: cohort",
+        ),
         (BASE + "train: {lr: -1}\n", r"train\.lr: input should be greater than 0 \(got -1\)"),
         (BASE + "train: {batch: 5}\n", "train: .*unknown|unknown key .*batch"),
         (BASE + "search: {trials: 0}\n", r"search\.trials: .*greater than or equal to 1"),
