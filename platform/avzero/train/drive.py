@@ -209,7 +209,8 @@ def _notes_of_ray(storage: Storage, task: Task) -> Iterator[tuple[str, Any]]:
     try:
         yield place
     finally:
-        for key in storage.keys(notes):
+        # pyarrow also marks the folder itself, as an object of no bytes; it is nothing to anybody.
+        for key in [*storage.keys(notes), "ray/"]:
             storage.delete(key)
 
 
