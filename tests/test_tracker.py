@@ -26,18 +26,9 @@ from avzero.tune.listener import FinalView, TrialView
 from avzero.tune.space import Group
 from tests.mlflow_stub import Fault, MlflowStub
 from tests.test_outbox import ended
-from tests.trials import PICTURES, epoch_of, result_of, trial_view
+from tests.trials import EPOCHS, PICTURES, SETTINGS, epoch_of, result_of, trial_view
 
-EPOCHS = 12
 SCORES = {"S", "U", "HM", "ZSL", "beta", "AUSUC"}
-SETTINGS: dict[str, Any] = {
-    "name": "tracked",
-    "benchmarks": ["tiny"],
-    "models": ["avca"],
-    "train": {"epochs": EPOCHS},
-    "search": {"trials": 4, "min_epochs": 2, "reduction": 3},
-    "tracking": {"checkpoints": "none"},
-}
 
 
 @pytest.fixture(autouse=True)

@@ -22,17 +22,7 @@ from avzero.tune.listener import TrialView
 from avzero.tune.space import Group
 from tests.mlflow_memory import MemoryClient, stepped
 from tests.mlflow_stub import MlflowStub
-from tests.trials import PICTURES, trial_view
-
-EPOCHS = 12
-SETTINGS: dict[str, Any] = {
-    "name": "tracked",
-    "benchmarks": ["tiny"],
-    "models": ["avca"],
-    "train": {"epochs": EPOCHS},
-    "search": {"trials": 4, "min_epochs": 2, "reduction": 3},
-    "tracking": {"checkpoints": "none"},
-}
+from tests.trials import EPOCHS, PICTURES, SETTINGS, trial_view
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,17 @@ from avzero.tune.space import Group
 PICTURES = ("learning_curves", "seen_unseen_curve", "recall_bars", "parallel_coordinates")
 """What is drawn of made-up trials (``track.files``); tests that are not about pictures patch it."""
 
+EPOCHS = 12
+SETTINGS: dict[str, Any] = {
+    "name": "tracked",
+    "benchmarks": ["tiny"],
+    "models": ["avca"],
+    "train": {"epochs": EPOCHS},
+    "search": {"trials": 4, "min_epochs": 2, "reduction": 3},
+    "tracking": {"checkpoints": "none"},
+}
+"""A job whose runs are logged."""
+
 
 def epoch_of(number: int, hm: float = 0.2, best: bool = True, replayed: bool = False) -> Epoch:
     """Return an epoch's record."""

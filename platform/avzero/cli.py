@@ -15,7 +15,13 @@ import typer
 from avzero.cluster.commands import register as register_cluster
 from avzero.errors import UserError
 from avzero.report.commands import compare, report
-from avzero.report.terminal import DEFAULT_STORE, StoreOption, terminal
+from avzero.report.terminal import (
+    DEFAULT_STORE,
+    JobArgument,
+    JobStore,
+    StoreOption,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,10 +42,6 @@ ingest_app = typer.Typer(help="Read released features into the store.", no_args_
 data_app = typer.Typer(help="Look at benchmarks in the store.", no_args_is_help=True)
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(data_app, name="data")
-
-JobArgument = Annotated[
-    str, typer.Argument(metavar="SWEEP", help="A job file (jobs/demo.yaml) or a sweep's name.")
-]
 
 
 @app.callback()
@@ -243,9 +245,6 @@ def _listeners(job: Job, console: Console) -> list[Listener]:
     return members
 
 
-JobStore = Annotated[
-    str | None, typer.Option("--store", envvar="AVZERO_STORE", help="Instead of the job's store.")
-]
 TrackingOption = Annotated[
     str | None,
     typer.Option(

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from avzero import DEFAULT_STORE
 from avzero.canon import identity
 from avzero.errors import UserError
 
@@ -284,7 +285,7 @@ class Job(Strict):
     """One experiment file of ``jobs/``: any number of benchmarks times models."""
 
     name: str
-    store: str = ".avzero/store"
+    store: str = DEFAULT_STORE
     benchmarks: list[str] = Field(min_length=1)
     """``name``, ``name@digest``, and with ``:text`` behind a text set of its own."""
     models: list[str] = Field(min_length=1)

@@ -280,23 +280,35 @@ def _has_account(name: str) -> bool:
     return True
 
 
-class Moto:
-    """moto's S3 server: in memory, gone when it ends."""
+class _Web:
+    """A server that is one process and answers HTTP on loopback."""
 
-    name = "moto (in memory: gone when it stops)"
-
-    def __init__(self, folder: Path, port: int, env: Mapping[str, str] | None = None) -> None:
-        self.folder, self.port, self._env = folder, port, env
-        self._process = Process(folder, "moto")
+    def __init__(self, folder: Path, port: int, name: str) -> None:
+        self.folder, self.port = folder, port
+        self._process = Process(folder, name)
 
     @property
     def url(self) -> str:
-        """Its endpoint."""
+        """Its address."""
         return f"http://{LOOPBACK}:{self.port}"
 
     def alive(self) -> bool:
         """Return whether it runs."""
         return self._process.alive()
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.stop()
+
+
+class Moto(_Web):
+    """moto's S3 server: in memory, gone when it ends."""
+
+    name = "moto (in memory: gone when it stops)"
+
+    def __init__(self, folder: Path, port: int, env: Mapping[str, str] | None = None) -> None:
+        super().__init__(folder, port, "moto")
+        self._env = env
 
     def start(self) -> None:
         """Start it, unless it runs."""
@@ -308,27 +320,13 @@ class Moto:
             )
         wait_until(lambda: answers(self.url), "moto", self._process.log, self.alive)
 
-    def stop(self) -> None:
-        """End it."""
-        self._process.stop()
 
-
-class Mlflow:
+class Mlflow(_Web):
     """The MLflow server: metadata in a database, artifacts in a bucket it alone talks to."""
 
     def __init__(self, folder: Path, port: int, backend: str, artifacts: str, s3: str) -> None:
-        self.folder, self.port = folder, port
+        super().__init__(folder, port, "mlflow")
         self._backend, self._artifacts, self._s3 = backend, artifacts, s3
-        self._process = Process(folder, "mlflow")
-
-    @property
-    def url(self) -> str:
-        """Its tracking URI."""
-        return f"http://{LOOPBACK}:{self.port}"
-
-    def alive(self) -> bool:
-        """Return whether it runs."""
-        return self._process.alive()
 
     def start(self) -> None:
         """Start it, unless it runs, and wait until it answers from its database."""
@@ -368,10 +366,6 @@ class Mlflow:
                 return int(answer.status) == 200
         except OSError:
             return False
-
-    def stop(self) -> None:
-        """End it."""
-        self._process.stop()
 
     def kill(self) -> None:
         """End it as a power cut would."""

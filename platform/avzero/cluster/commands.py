@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avzero.errors import UserError
+from avzero.report.terminal import DEFAULT_STORE, JobArgument, JobStore
 
 if TYPE_CHECKING:
     from avzero.cluster.jobs import JobInfo, JobsApi
     from avzero.spec import Job
 
-_JobFile = Annotated[
-    str, typer.Argument(metavar="SWEEP", help="A job file (jobs/demo.yaml) or a sweep's name.")
-]
 _Address = Annotated[
     str | None,
     typer.Option(
@@ -23,9 +21,6 @@ _Address = Annotated[
         envvar="RAY_API_SERVER_ADDRESS",
         help="The cluster's dashboard, http://HOST:8265.",
     ),
-]
-_Store = Annotated[
-    str | None, typer.Option("--store", envvar="AVZERO_STORE", help="Instead of the job's store.")
 ]
 _Tracking = Annotated[
     str | None, typer.Option("--tracking", help="MLflow URI instead of the job's; 'off' for none.")
@@ -63,9 +58,9 @@ def _api(address: str | None) -> JobsApi:
 
 
 def submit(  # noqa: PLR0913, PLR0917 - one per option
-    job_file: _JobFile,
+    job_file: JobArgument,
     address: _Address = None,
-    store: _Store = None,
+    store: JobStore = None,
     tracking: _Tracking = None,
     env: _Env = None,
     shared_folder: Annotated[
@@ -150,11 +145,10 @@ def _latest(api: JobsApi, name: str) -> JobInfo:
     return jobs[-1]
 
 
-def status(sweep: _JobFile, address: _Address = None, store: _Store = None) -> None:
+def status(sweep: JobArgument, address: _Address = None, store: JobStore = None) -> None:
     """Say how far a sweep is and when it was last heard of, wherever it runs."""
     from avzero.cluster.signs import last_sign
     from avzero.data.storage import open_storage
-    from avzero.tune.opening import DEFAULT_STORE
 
     name, job = _name_of(sweep, store)
     place = store or (job.store if job else "")
@@ -171,7 +165,7 @@ def status(sweep: _JobFile, address: _Address = None, store: _Store = None) -> N
 
 
 def logs(
-    sweep: _JobFile,
+    sweep: JobArgument,
     address: _Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Stay until it ends.")] = False,
 ) -> None:
@@ -193,7 +187,7 @@ def logs(
         raise typer.Exit(130) from None
 
 
-def stop(sweep: _JobFile, address: _Address = None) -> None:
+def stop(sweep: JobArgument, address: _Address = None) -> None:
     """Stop a submitted sweep; submitting it again goes on."""
     import time
 
@@ -222,7 +216,7 @@ def doctor(
         str | None, typer.Argument(metavar="[SWEEP]", help="A job to check.")
     ] = None,
     address: _Address = None,
-    store: _Store = None,
+    store: JobStore = None,
     tracking: _Tracking = None,
     env: _Env = None,
 ) -> None:

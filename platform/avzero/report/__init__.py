@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from avzero import DEFAULT_STORE
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
-STORE = ".avzero/store"
 
-
-def trials(*sweeps: str, store: str = STORE) -> pa.Table:
+def trials(*sweeps: str, store: str = DEFAULT_STORE) -> pa.Table:
     """Return a row per trial that has ended, of some sweeps or all.
 
     Raises:
@@ -27,7 +27,7 @@ def trials(*sweeps: str, store: str = STORE) -> pa.Table:
     return load(open_storage(store), sweeps).trials.drop_columns(["key", "mark"])
 
 
-def results(*sweeps: str, store: str = STORE) -> pa.Table:
+def results(*sweeps: str, store: str = DEFAULT_STORE) -> pa.Table:
     """Return a row per seed whose TEST has been scored, of some sweeps or all.
 
     ``current`` is false for results of an earlier winner of a search that went on: those stay in
@@ -44,7 +44,7 @@ def results(*sweeps: str, store: str = STORE) -> pa.Table:
     return table.append_column("current", current(records))
 
 
-def recalls(*sweeps: str, store: str = STORE) -> pa.Table:
+def recalls(*sweeps: str, store: str = DEFAULT_STORE) -> pa.Table:
     """Return a row per class and seed: recall among all classes, and among unseen ones (``zsl``).
 
     Raises:

@@ -1,4 +1,4 @@
-"""What commands share: where they print, and the options that name a store."""
+"""What commands share: where they print, and the options that name a sweep or a store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from avzero import DEFAULT_STORE
+
+__all__ = ["DEFAULT_STORE", "JobArgument", "JobStore", "StoreOption", "terminal"]
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -14,7 +18,12 @@ StoreOption = Annotated[
     str,
     typer.Option("--store", "--to", envvar="AVZERO_STORE", help="A folder or s3://bucket/prefix."),
 ]
-DEFAULT_STORE = ".avzero/store"
+JobArgument = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A job file (jobs/demo.yaml) or a sweep's name.")
+]
+JobStore = Annotated[
+    str | None, typer.Option("--store", envvar="AVZERO_STORE", help="Instead of the job's store.")
+]
 
 
 def terminal() -> Console:

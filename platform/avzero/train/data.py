@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -252,6 +253,19 @@ class SeenRows:
             start += len(index)
 
 
+@contextmanager
+def _eval_mode(models: Sequence[Model]) -> Iterator[None]:
+    """Put systems into eval mode, and back as they were."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
 @torch.no_grad()
 def headline(
     models: Sequence[Model], stage: StageData, data: EvaluationSet, squared: bool
@@ -272,10 +286,7 @@ def headline(
     """
     text = stage.class_text[torch.cat([data.seen_ids, data.unseen_ids])]
     found: list[list[Nearest | None]] = [[] for _ in models]
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
+    with _eval_mode(models):
         rows_of_seen = SeenRows(stage, data.seen_ids)
         tables = [m.candidates(text, len(data.seen_ids), rows_of_seen) for m in models]
         for features, labels in data.chunks(stage.scaling):
@@ -288,9 +299,6 @@ def headline(
                 facts = data.facts_of_many(torch.stack(distances), labels[rows])
                 for parts, part in zip(found, facts, strict=True):
                     parts.append(part)
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
     whole = [[part for part in parts if part is not None] for parts in found]
     return [
         Nearest.concatenate(parts) if len(parts) == len(every) else None
@@ -324,9 +332,7 @@ def nearest(
     Raises:
         FloatingPointError: a distance that is scored is NaN.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with _eval_mode([model]):
         text = stage.class_text[torch.cat([data.seen_ids, data.unseen_ids])]
         table = model.candidates(text, len(data.seen_ids), SeenRows(stage, data.seen_ids))
         squared = protocol.distance == "squared_l2"
@@ -351,8 +357,6 @@ def nearest(
             except FloatingPointError:
                 # It says something of the system without that modality, and nothing of the run.
                 found.pop(MISSING + modality, None)
-    finally:
-        model.train(was_training)
     return {name: Nearest.concatenate(parts) for name, parts in found.items()}
 
 

@@ -32,6 +32,14 @@ _PROBED = 3
 _MOST_INTEGERS = 16
 
 
+def begun_with(study: optuna.Study | None) -> tuple[int, int] | None:
+    """Return the seats and the size of a cohort a study began with; None before that."""
+    if study is None or "seats" not in study.user_attrs:
+        return None
+    # Studies begun by an earlier version had no cohorts.
+    return int(study.user_attrs["seats"]), int(study.user_attrs.get("cohort", 1))
+
+
 def cohort_size(search: Search, trials: int, seats: int) -> int:
     """Return how many trials in a row share a structure."""
     return search.cohort or max(1, min(seats, trials // _FEWEST_COHORTS))

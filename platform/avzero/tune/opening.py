@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from avzero import DEFAULT_STORE
 from avzero.data.storage import open_storage
 from avzero.errors import UserError
 from avzero.spec import PLAIN_NAME, Job, load_job, validate
-
-DEFAULT_STORE = ".avzero/store"
 
 
 def open_job(sweep: str, store: str | None, tracking: str | None) -> Job:

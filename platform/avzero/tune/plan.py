@@ -28,7 +28,7 @@ from avzero.data.storage import Storage
 from avzero.errors import UserError
 from avzero.spec import Job, Resources, Search, Task
 from avzero.train.calibrate import Cost, measure, measure_on_worker
-from avzero.tune.cohorts import cohort_size, proposals, structural, structural_names
+from avzero.tune.cohorts import begun_with, cohort_size, proposals, structural, structural_names
 from avzero.tune.nodes import Node, misfit, room, total
 from avzero.tune.rungs import decides
 from avzero.tune.space import Group
@@ -236,8 +236,9 @@ def make_plan(
     plans = []
     for number, group in enumerate(sweep.groups):
         progress("planning", number - 1, len(sweep.groups))  # so many groups are done
-        seats = _seats(sweep, group, arrays)
-        tries = _tries(sweep, group, seats)
+        seats, cohort = _side_by_side(sweep, group, arrays)
+        names = structural_names(group) if cohort > 1 else ()
+        tries = proposals(group, min(_SAMPLE, group.trials), cohort, names)
         cost = None
         if calibrate and arrays:
             tasks = [group.task(values) for values in tries[: min(job.resources.width, seats)]]
@@ -247,25 +248,16 @@ def make_plan(
     return Plan(job, tuple(plans), total(nodes), arrays, misfit(nodes, job.resources))
 
 
-def _seats(sweep: Sweep, group: Group, arrays: int) -> int:
-    """Return how many trials sit side by side: what the study began with, or would begin with."""
-    study = sweep.journal.load(group)
-    if study is not None and "seats" in study.user_attrs:
-        return int(study.user_attrs["seats"])
+def _side_by_side(sweep: Sweep, group: Group, arrays: int) -> tuple[int, int]:
+    """Return how many trials sit side by side, and how many in a row share a structure: what the
+    study began with, or would begin with."""
+    begun = begun_with(sweep.journal.load(group))
+    if begun is not None:
+        return begun
     waiting = sum(one.remaining > 0 for one in sweep.studies.values())
     slots = sweep.job.resources.width
-    return sweep.job.search.seats or slots * max(1, arrays // max(1, waiting))
-
-
-def _tries(sweep: Sweep, group: Group, seats: int) -> list[dict[str, Any]]:
-    """Return the first configurations, as the study shares their structure."""
-    study = sweep.journal.load(group)
-    if study is not None and "seats" in study.user_attrs:
-        size = int(study.user_attrs.get("cohort", 1))
-    else:
-        size = cohort_size(group.job.search, group.trials, seats)
-    names = structural_names(group) if size > 1 else ()
-    return proposals(group, min(_SAMPLE, group.trials), size, names)
+    seats = sweep.job.search.seats or slots * max(1, arrays // max(1, waiting))
+    return seats, cohort_size(group.job.search, group.trials, seats)
 
 
 def _measured(sweep: Sweep, tasks: Sequence[Task], need: Resources, on_cluster: bool) -> Cost:

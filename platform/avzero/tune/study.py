@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from avzero.data.storage import Storage
 from avzero.train.folder import RunFolder
 from avzero.train.records import Epoch
-from avzero.tune.cohorts import cohort_size, shared_values, structural_names
+from avzero.tune.cohorts import begun_with, cohort_size, shared_values, structural_names
 from avzero.tune.journal import Journal
 from avzero.tune.listener import TrialView
 from avzero.tune.rungs import SEAT, START, decides, should_stop
@@ -112,12 +112,13 @@ class GroupStudy:
         """
         study = self._study = self._journal.create(self.group)
         search = self.group.job.search
-        if "seats" not in study.user_attrs:
+        begun = begun_with(study)
+        if begun is None:
             seats = search.seats or seats
-            study.set_user_attr("cohort", cohort_size(search, self.group.trials, seats))
+            begun = seats, cohort_size(search, self.group.trials, seats)
+            study.set_user_attr("cohort", begun[1])
             study.set_user_attr("seats", seats)  # the last: a study with seats is whole
-        # Sweeps begun by an earlier version had none.
-        self._cohort = int(study.user_attrs.get("cohort", 1))
+        self._cohort = begun[1]
         if self._cohort > 1:
             self._structural = structural_names(self.group)
         for point in self.group.start_points[: self.group.trials]:
