@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,17 +50,14 @@ def save_model(
     with tempfile.TemporaryDirectory() as scratch:
         for name, data in files.items():
             (Path(scratch) / name).write_bytes(data)
-        logging.getLogger("mlflow.pyfunc").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it advises type hints, which cannot say widths
-            mlflow.pyfunc.save_model(
-                str(path),
-                python_model=str(_CODE),
-                artifacts={"recogniser": scratch},
-                signature=_signature(json.loads(files["recogniser.json"])),
-                pip_requirements=[f"avzero=={avzero.__version__}"],
-                mlflow_model=Model(run_id=run_id or None, model_id=model_id or None),
-            )
+        mlflow.pyfunc.save_model(
+            str(path),
+            python_model=str(_CODE),
+            artifacts={"recogniser": scratch},
+            signature=_signature(json.loads(files["recogniser.json"])),
+            pip_requirements=[f"avzero=={avzero.__version__}"],
+            mlflow_model=Model(run_id=run_id or None, model_id=model_id or None),
+        )
 
 
 def _signature(record: Mapping[str, Any]) -> Any:

@@ -72,7 +72,9 @@ class MlflowTracker(Listener):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         # Closing a run would ask for it again, to print where it is.
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        logging.getLogger("alembic").setLevel(logging.ERROR)
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        for name in ("alembic", "mlflow.pyfunc"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
         from mlflow import MlflowClient
