@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from avzero.protocol.counter import (
+    dropout_gate,
     dropout_mask,
     dropout_words,
     fold,
@@ -59,6 +60,22 @@ def test_mask_has_its_rate_and_scale() -> None:
         rate = (mask > 0).double().mean().item()
         assert abs(rate - (1 - p)) < 4 * (p * (1 - p) / 2**20) ** 0.5
         assert set(mask.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.999])
+def test_the_gate_is_the_mask(p: float) -> None:
+    """The smaller of a value and its gate, above 0, is what the mask leaves of it."""
+    key = site_keys(fold(9), 1, 1, CPU)[0, 0]
+    shape = torch.Size([1 << 12, 8])
+    words = dropout_words(p)
+    gate = dropout_gate(key, shape, words[0], 0, shape.numel())
+    mask = dropout_mask(key, shape, words, 0, shape.numel())
+    assert not gate.isnan().any() and ((gate <= 0) | (gate > 1e30)).all()
+    values = torch.randn(shape).abs() * 1e20
+    torch.testing.assert_close(
+        torch.minimum(values, gate).relu(), values * (mask > 0), rtol=0, atol=0
+    )
+    assert p > 0 or (mask == 1).all()
 
 
 def test_masks_of_steps_and_sites_are_uncorrelated() -> None:

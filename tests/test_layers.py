@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -110,6 +112,45 @@ def test_mlp_is_the_framework_stack() -> None:
     torch.testing.assert_close(ours(x, CONTEXT), theirs(x))
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
     assert list(MLP(5, 0, 3, 0.1).fc) == ["0", "1", "3"]
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("shape", [(11, 5), (11, 3, 5)])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_block_is_its_layers(rate: float, shape: tuple[int, ...], tracked: bool) -> None:
+    """Output, gradients and statistics are those of the four layers one after the other."""
+    torch.manual_seed(3)
+    context = CONTEXT._replace(tracked=tracked)
+    ours = MLP(5, 0, 7, rate, 0.3).double().train()
+    number_sites(ours)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter)
+    theirs = copy.deepcopy(ours)
+    linear, norm, dropout = theirs.fc.values()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    out = ours(x, context)
+    expected = dropout(nn.functional.relu(norm(linear(y), context)), context)
+    torch.testing.assert_close(out, expected)
+    assert rate == 0 or 0.3 < (out == 0).double().mean() < 0.95
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=name)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+    assert (norm.running_mean.abs().max() > 0) == tracked  # type: ignore[operator]
+
+
+def test_divergence_is_not_hidden_by_dropout() -> None:
+    """What is not finite stays so: a run that diverges must fail, whatever is dropped."""
+    layer = MLP(5, 0, 7, 0.4).train()
+    number_sites(layer)
+    x = torch.randn(64, 5)
+    x[3] = torch.nan
+    assert not torch.isfinite(layer(x, CONTEXT)).all()
 
 
 def test_transformer_attention_is_the_framework_attention() -> None:

@@ -37,6 +37,14 @@ where r.lifecycle_stage = 'active' group by t.value having count(*) > 1
 """
 
 
+_ENDS = """
+select t.value, m.step, m.timestamp from metrics m
+join tags t on t.run_uuid = m.run_uuid and t.key = 'avzero.run'
+join tags s on s.run_uuid = m.run_uuid and s.key = 'avzero.sweep' and s.value = '{sweep}'
+where m.key = 'train/lr'
+"""
+
+
 class Lab:
     """PostgreSQL, an S3 server and MLflow of one's own, and stores that hold ``tiny``.
 
@@ -52,6 +60,8 @@ class Lab:
         self._stack = Stack(self.folder, ports, ceph)
         self._release = release
         self._filled: set[str] = set()
+        self.outages: dict[str, tuple[float, float]] = {}
+        """By sweep: when its outage began and when all was back, seconds since 1970."""
 
     def __enter__(self) -> Lab:
         try:
@@ -91,6 +101,11 @@ class Lab:
         """Return how many runs of a sweep MLflow has."""
         return len({row[0] for row in self.postgres.query(_ROWS.format(sweep=sweep))})
 
+    def epoch_ends(self, sweep: str) -> dict[tuple[str, int], float]:
+        """Return when epochs ended by MLflow's record, seconds since 1970, by (task, epoch)."""
+        rows = self.postgres.query(_ENDS.format(sweep=sweep))
+        return {(task, int(step)): float(at) / 1000 for task, step, at in rows}
+
     def outage(self, sweep: str, after: int, seconds: float, over: threading.Event) -> str:
         """Kill MLflow for a while and restart PostgreSQL, once a sweep has some runs.
 
@@ -99,6 +114,7 @@ class Lab:
         while self.runs(sweep) < after:
             if over.wait(0.3):
                 return "the sweep ended before"
+        began = time.time()
         start = time.monotonic()
         self.mlflow.kill()
         over.wait(seconds)
@@ -109,6 +125,7 @@ class Lab:
         again = time.monotonic()
         self.postgres.restart()
         took = time.monotonic() - again
+        self.outages[sweep] = began, time.time()
         return (
             f"MLflow killed for {back - start:.0f} s, answers after {down:.0f} s; PostgreSQL "
             f"restarted in {took:.1f} s{', after the sweep' if over.is_set() else ''}"

@@ -77,14 +77,14 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _Affine.apply(*_stacked(info, in_dims, inputs)), 0  # type: ignore[no-untyped-call]
+        return _Affine.apply(*stacked(info, in_dims, inputs)), 0  # type: ignore[no-untyped-call]
 
 
-def _stacked(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
+def stacked(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
     """Return the tensors among a function's inputs with the slots in front."""
     out = []
     for x, at in zip(inputs, in_dims, strict=True):
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or at == 0:
             out.append(x)
         else:
             out.append(x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0))
@@ -145,7 +145,7 @@ class _Standardise(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        out = _Standardise.apply(*_stacked(info, in_dims, inputs))  # type: ignore[no-untyped-call]
+        out = _Standardise.apply(*stacked(info, in_dims, inputs))  # type: ignore[no-untyped-call]
         return out, (0,) * 5
 
 
@@ -231,12 +231,19 @@ class BatchNorm(nn.Module):
             out = centred * (torch.rsqrt(var + self.eps) * weight) + bias
             rows *= world.size
         if context is None or context.tracked:
-            self._track(mean.detach(), var.detach() * (rows / (rows - 1)), groups)
+            self.track(mean.detach(), var.detach(), rows)
         return out.view(x.shape)
 
-    def _track(self, mean: Tensor, var: Tensor, groups: int) -> None:
-        """Move the running statistics towards those of each group, in order."""
+    def track(self, mean: Tensor, var: Tensor, rows: int) -> None:
+        """Move the running statistics towards those of each group, in order.
+
+        Args:
+            mean: [G * d], of G groups side by side.
+            var: likewise, biased.
+            rows: how many rows a group has.
+        """
         width = self.running_mean.shape[0]
+        var = var * (rows / (rows - 1))
         for running, values in ((self.running_mean, mean), (self.running_var, var)):
-            for group in values.view(groups, width).unbind(0):
+            for group in values.view(-1, width).unbind(0):
                 running.add_((group - running) * self.momentum)

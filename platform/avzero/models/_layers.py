@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avzero.models._basic import BatchNorm, LayerNorm, Linear
+from avzero.models._block import block
 from avzero.models._contract import Context
 from avzero.models._random import Dropout, Noise, Site, number_sites
 
@@ -53,13 +54,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Map [..., width] to [..., out]; all outputs are non-negative."""
-        for layer in self.fc.values():
-            if isinstance(layer, Linear):
-                x = layer(x)
-            elif isinstance(layer, BatchNorm):
-                x = F.relu(layer(x, context))
-            elif context is not None:
-                x = layer(x, context)
+        layers = list(self.fc.values())
+        for at in range(0, len(layers), 3):
+            linear, norm, dropout = layers[at : at + 3]
+            x = block(x, linear, norm, dropout, context)  # type: ignore[arg-type]
         return x
 
 
@@ -79,14 +77,12 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Map [..., width] to [..., out], linear at the end."""
-        *first, last = self.fc.values()
-        x = first[0](x)
-        for layer in first[1:]:
-            if isinstance(layer, BatchNorm):
-                x = layer(x, context)
-            else:
-                x = F.relu(x)
-                x = x if context is None else layer(x, context)
+        linear, *norm, dropout, last = self.fc.values()
+        if norm:
+            x = block(x, linear, *norm, dropout, context)  # type: ignore[arg-type]
+        else:
+            x = F.relu(linear(x))
+            x = x if context is None else dropout(x, context)
         out: Tensor = last(x)
         return out
 

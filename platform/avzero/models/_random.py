@@ -43,7 +43,8 @@ class Dropout(Site):
     """Dropout whose mask is a hash of (step key, site, element of the global batch).
 
     The mask depends neither on the number of workers nor on other trials sharing the device. A
-    rate of exactly 0 at construction removes the layer.
+    rate of exactly 0 at construction removes the layer. ``threshold`` and ``kept``: see
+    ``protocol.counter.dropout_words``.
     """
 
     threshold: Tensor

@@ -5,8 +5,9 @@ before, or on the device; a run resumed at an epoch continues with the very same
 trial that shares an array with others keeps its own (design rule 4).
 
 Two hashes are used. ``mix64`` (the finaliser of SplitMix64; Steele, Lea and Flood, OOPSLA 2014)
-keys streams and draws samples. Dropout draws millions of values a step and uses a 32-bit mixer of
-the same family, whose first round depends on the element only and is kept between steps.
+keys streams and draws samples. Dropout draws millions of values a step: a 32-bit mixer of the same
+family, which depends on the element only, is kept between steps, and the keys of step and site turn
+it into as many unrelated sets of draws.
 """
 
 from __future__ import annotations
@@ -90,48 +91,65 @@ def _lattice(size: int, device: torch.device) -> Tensor:
     return (x ^ (x >> 15)).to(torch.int32)
 
 
+_GATE = 2.0**120
+"""What separates kept from dropped is stretched by this: far beyond any activation."""
+
+
 def dropout_words(probability: float) -> tuple[Tensor, Tensor]:
-    """Return what ``dropout_mask`` needs of a probability p: a threshold, and the bits of
-    1 / (1 - p); int32, 0-d."""
+    """Return what dropout needs of a probability p: the threshold of ``dropout_gate``, and
+    1 / (1 - p), which kept elements are multiplied by; float32, 0-d."""
     p = torch.tensor(probability, dtype=torch.float64)
-    threshold = ((1 - p) * 2.0**31 - 2.0**30).to(torch.int32)
-    return threshold, (1 / (1 - p)).to(torch.float32).view(torch.int32)
+    return ((0.5 - p) * 2.0**32).to(torch.float32), (1 / (1 - p)).to(torch.float32)
+
+
+def dropout_gate(
+    key: Tensor, shape: torch.Size, threshold: Tensor, first: int, total: int
+) -> Tensor:
+    """Return float32 values [..., *shape]: beyond any activation with probability 1 - p, else 0 or
+    as far below.
+
+    The smaller of a value and its gate, where positive, is the value or 0: a rectifier and its
+    dropout are two cheap passes, and ``dropout_mask`` two others. Few passes count, because each
+    costs as much as one of a normalisation's; comparing into booleans or shifting words costs
+    several (docs/experiments.md, "dropout"). The lattice is mixed already: a line through it, with
+    slope and shift of the step and site, puts it in another order for each (``tests/test_counter``).
+
+    Args:
+        key: int32 [..., 2], the site's keys in this step.
+        shape: shape of the values of one slot.
+        threshold: [...], the probability p of 0, as ``dropout_words`` writes it.
+        first: number of the first element in the global batch (0 with one worker).
+        total: number of elements of the global batch, so that workers share one lattice.
+    """
+    shift, slope = (_per_slot(word, shape) for word in key.unbind(-1))
+    words = _lattice(total, key.device)[first : first + shape.numel()].view(shape)
+    words = (words * (slope | 1)).add_(shift)
+    # Rounded to 24 bits, which moves p by 2^-25 at most. A difference of 0 stays 0: dropped.
+    gate = words.to(torch.float32).sub_(_per_slot(threshold.to(torch.float32), shape))
+    return gate.mul_(-_GATE)
+
+
+def _per_slot(x: Tensor, shape: torch.Size) -> Tensor:
+    """Return one number per slot [...] so that it broadcasts against values [..., *shape]."""
+    return x.reshape(*x.shape, *(1,) * len(shape)) if x.dim() else x
 
 
 def dropout_mask(
     key: Tensor, shape: torch.Size, words: tuple[Tensor, Tensor], first: int, total: int
 ) -> Tensor:
-    """Return a float32 mask of ``shape``: 0 with probability p, else 1 / (1 - p).
+    """Return a float32 mask [..., *shape]: 0 with probability p, else 1 / (1 - p).
 
-    Integer arithmetic in place, without a boolean in between: several times cheaper than the
-    framework's dropout on a CPU (docs/experiments.md, "dropout"). The key both shifts and
-    multiplies: with a fixed multiplier some pairs of steps got correlated masks.
-
-    Args:
-        key: int32 [2], the site's keys in this step.
-        shape: shape of the values to mask.
-        words: the probability p of 0, as ``dropout_words`` writes it.
-        first: number of the first element in the global batch (0 with one worker).
-        total: number of elements of the global batch, so that workers share one lattice.
+    The arguments are those of ``dropout_gate``; ``words``: both of ``dropout_words``.
     """
     threshold, kept = words
-    count = shape.numel()
-    x = _lattice(total, key.device)[first : first + count].view(shape) + key[0]
-    x ^= x >> 15
-    x *= key[1] | 1
-    # Halved, so that the difference to the threshold 1 - p cannot overflow; its sign bit, spread
-    # over the word, then selects the bits of 1 / (1 - p).
-    x >>= 1
-    x -= threshold
-    x >>= 31
-    x &= kept
-    return x.view(torch.float32)
+    mask = dropout_gate(key, shape, threshold, first, total).clamp(0, 1)
+    return mask.mul_(_per_slot(kept, shape))
 
 
 def uniform_floats(key: Tensor, shape: torch.Size, first: int, total: int) -> Tensor:
     """Return float32 values of ``shape``, uniform over the open interval 0 … 1.
 
-    The arguments are those of ``dropout_mask``; resolution 2^-23, so that both ends stay out.
+    The arguments are those of ``dropout_gate``; resolution 2^-23, so that both ends stay out.
     """
     count = shape.numel()
     x = _lattice(total, key.device)[first : first + count].view(shape) + key[0]
