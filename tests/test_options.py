@@ -17,6 +17,7 @@ from torch import Tensor
 from avzero.models._contract import Batch, Model, Shapes
 from avzero.models._layers import number_sites
 from avzero.models._registry import make_config, model_class
+from avzero.models._two_branch import TERMS
 from avzero.spec import Preset
 from tests import toys
 from tests.test_contract import SETS, anchors, batch, context, make, terms
@@ -101,7 +102,8 @@ def test_every_weight_is_in_the_table() -> None:
 @pytest.mark.parametrize(("f1", "f2"), [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (0.3, 0.7), (0.0, 0.0)])
 def test_hyper_weighs_both_kinds_of_triplets_within_one_term(f1: float, f2: float) -> None:
     plain: Any = make("hyper_multiple")
-    raw, _ = plain.terms(batch(), context(plain))
+    values, _ = plain.terms(batch(), context(plain))
+    raw = dict(zip(TERMS, values.unbind(), strict=True))
     add1, add2 = (raw[f"{name}_a"] + raw[f"{name}_v"] for name in ("add1", "add2"))
     assert add1 > 0 and add2 > 0 and abs(add1 - add2) > 1e-3
     base, found = measured("hyper_multiple"), measured("hyper_multiple", f1=f1, f2=f2)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from avzero.models._contract import Context, scalar
 
@@ -35,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = (flat * weight).sum(-1, keepdim=True)
         out = out if bias is None else out + bias
     else:
-        out = _Affine.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
+        out = call(_Affine, flat, weight, bias)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], len(weight))
 
 
@@ -47,6 +48,44 @@ def sigmoid(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(0.5 * x))
 
 
+def call(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Call an autograd function that takes its tensors with slots in front or without.
+
+    Under ``vmap`` all of them get the slots in front. The framework's own way to write such a
+    function reads its signature at every call, which takes longer than most of their work.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return _Slots.apply(function, *inputs)  # type: ignore[no-untyped-call]
+    return function.apply(*inputs)  # type: ignore[no-untyped-call]
+
+
+class _Slots(torch.autograd.Function):
+    """See ``call``; it is reached under ``vmap`` alone."""
+
+    @staticmethod
+    def forward(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+        raise NotImplementedError("these functions are not differentiated inside transforms")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        function: type[torch.autograd.Function],
+        *inputs: Any,
+    ) -> tuple[Any, Any]:
+        def in_front(x: Any, at: int | None) -> Any:
+            if not isinstance(x, Tensor) or at == 0:
+                return x
+            return x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
+
+        out = function.apply(*map(in_front, inputs, in_dims[1:]))  # type: ignore[no-untyped-call]
+        return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
+
+
 class _Affine(torch.autograd.Function):
     """x W^T + b of rows [..., B, in]; the weight's gradient comes out in the weight's layout.
 
@@ -54,15 +93,10 @@ class _Affine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
         out = x @ weight.mT
         return out if bias is None else out.add_(bias.unsqueeze(-2))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        del output
-        ctx.save_for_backward(*inputs[:2])
-        ctx.bias = inputs[2] is not None
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,89 +106,70 @@ class _Affine(torch.autograd.Function):
         return (
             g @ weight if need_x else None,
             g.mT @ x if need_weight else None,
-            g.sum(-2) if ctx.bias and need_bias else None,
+            g.sum(-2) if need_bias else None,
         )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _Affine.apply(*stacked(info, in_dims, inputs)), 0  # type: ignore[no-untyped-call]
-
-
-def stacked(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
-    """Return the tensors among a function's inputs with the slots in front."""
-    out = []
-    for x, at in zip(inputs, in_dims, strict=True):
-        if not isinstance(x, Tensor) or at == 0:
-            out.append(x)
-        else:
-            out.append(x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0))
-    return out
 
 
 class _Standardise(torch.autograd.Function):
-    """Standardise [..., B, d] over B or d, then scale and shift: forward, and its closed form
-    backward.
+    """Standardise [..., B, d] over B, then scale and shift: forward, and its closed form backward.
 
-    With n the size of the reduced dimension, c the centred and h = s c the standardised values,
-    dx = s (g - mean(g) - h mean(g h)) where g already has the weight of the layer in it and s is
-    the inverse standard deviation. Factors are put on small tensors where they can be: every pass
-    over the rows costs as much as a normalisation's sums.
+    Returns the output, the mean and the (biased) variance. With c the centred values and s their
+    inverse standard deviation, dx = s w (g - mean(g) - s^2 c mean(g c)), w being the weight.
+    Factors are put on small tensors where they can be: a pass over the rows costs as much as a sum.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, dim: int, eps: float) -> tuple[Any, ...]:
-        mean = x.mean(dim, keepdim=True)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        mean = x.mean(-2, keepdim=True)
         centred = x - mean
-        var = (centred * centred).mean(dim, keepdim=True)
+        var = (centred * centred).mean(-2, keepdim=True)
         scale = torch.rsqrt(var + eps)
-        row, shift = weight.unsqueeze(-2), bias.unsqueeze(-2)
-        if dim == -2:
-            out = torch.addcmul(shift, centred, scale * row)
-        else:
-            centred *= scale  # kept standardised: it is needed twice
-            out = torch.addcmul(shift, centred, row)
-        return out, mean.squeeze(dim), var.squeeze(dim), centred, scale
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[3], output[4], inputs[1])
-        ctx.dim = inputs[3]
-        ctx.mark_non_differentiable(*output[1:])
+        factor = scale * weight.unsqueeze(-2)
+        mean, var = mean.squeeze(-2), var.squeeze(-2)
+        ctx.save_for_backward(centred, scale, factor)
+        ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
+        return torch.addcmul(bias.unsqueeze(-2), centred, factor), mean, var
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         g = gradients[0]
-        centred, scale, weight = ctx.saved_tensors
-        row = weight.unsqueeze(-2)
-        d_bias = g.sum(-2)
-        if ctx.dim == -2:
-            # The sums over rows are the parameters' gradients: nothing is reduced twice.
-            d_weight = (g * centred).sum(-2) * scale.squeeze(-2)
-            factor = scale * row
-            mean, product = ((x / g.shape[-2]).unsqueeze(-2) for x in (d_bias, d_weight))
-            out = torch.addcmul(-mean * factor, g, factor)
-            out.addcmul_(centred, product * scale * factor, value=-1)
-        else:
-            d_weight = (g * centred).sum(-2)
-            g = g * row
-            out = g - g.mean(-1, keepdim=True)
-            out.addcmul_(centred, (g * centred).mean(-1, keepdim=True), value=-1)
-            out *= scale
-        return out, d_weight, d_bias, None, None
+        centred, scale, factor = ctx.saved_tensors
+        # The sums over rows are the parameters' gradients: nothing is reduced twice.
+        d_bias = g.sum(-2, keepdim=True)
+        d_weight = (g * centred).sum(-2, keepdim=True) * scale
+        small = factor / -g.shape[-2]
+        out = torch.addcmul(d_bias * small, g, factor)
+        out.addcmul_(centred, d_weight * scale * small)
+        return out, d_weight.squeeze(-2), d_bias.squeeze(-2), None
+
+
+class _Rows(torch.autograd.Function):
+    """Standardise every row of [..., B, d], then scale and shift.
+
+    The framework's layer takes rows one by one, so that a row's numbers depend on nothing beside
+    it; only its weights, which it would share between slots, are applied here.
+    """
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        out = _Standardise.apply(*stacked(info, in_dims, inputs))  # type: ignore[no-untyped-call]
-        return out, (0,) * 5
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        row = weight.unsqueeze(-2)
+        out, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x, out, mean, scale, row)
+        return torch.addcmul(bias.unsqueeze(-2), out, row)
 
-
-def _standardise(
-    x: Tensor, weight: Tensor, bias: Tensor, dim: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer's output, and mean and (biased) variance without gradient."""
-    out: tuple[Tensor, ...] = _Standardise.apply(x, weight, bias, dim, eps)  # type: ignore[no-untyped-call]
-    return out[0], out[1], out[2]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        x, standard, mean, scale, row = ctx.saved_tensors
+        out, _, _ = torch.ops.aten.native_layer_norm_backward(
+            g * row, x, x.shape[-1:], mean, scale, None, None, [True, False, False]
+        )
+        return out, (g * standard).sum(-2), g.sum(-2), None
 
 
 class LayerNorm(nn.Module):
@@ -169,7 +184,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., d]."""
         flat = x.reshape(-1, x.shape[-1])
-        return _standardise(flat, self.weight, self.bias, -1, self.eps)[0].view(x.shape)
+        out: Tensor = call(_Rows, flat, self.weight, self.bias, self.eps)
+        return out.view(x.shape)
 
 
 _REMEMBERS = 2.0**-24
@@ -223,7 +239,7 @@ class BatchNorm(nn.Module):
         weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
         world = None if context is None else context.world
         if world is None:
-            out, mean, var = _standardise(flat, weight, bias, -2, self.eps)
+            out, mean, var = call(_Standardise, flat, weight, bias, self.eps)
         else:
             mean = world.sum(flat.mean(0)) / world.size
             centred = flat - mean
@@ -231,19 +247,18 @@ class BatchNorm(nn.Module):
             out = centred * (torch.rsqrt(var + self.eps) * weight) + bias
             rows *= world.size
         if context is None or context.tracked:
-            self.track(mean.detach(), var.detach(), rows)
-        return out.view(x.shape)
+            self.track(mean.detach().view(-1, width), var.detach().view(-1, width), rows)
+        return out.view(x.shape)  # type: ignore[no-any-return]
 
     def track(self, mean: Tensor, var: Tensor, rows: int) -> None:
         """Move the running statistics towards those of each group, in order.
 
         Args:
-            mean: [G * d], of G groups side by side.
-            var: likewise, biased.
+            mean: [G, d].
+            var: [G, d], biased.
             rows: how many rows a group has.
         """
-        width = self.running_mean.shape[0]
         var = var * (rows / (rows - 1))
         for running, values in ((self.running_mean, mean), (self.running_var, var)):
-            for group in values.view(-1, width).unbind(0):
+            for group in values.unbind(0):
                 running.add_((group - running) * self.momentum)

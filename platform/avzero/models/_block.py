@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from avzero.models._basic import BatchNorm, Linear, stacked
+from avzero.models._basic import BatchNorm, Linear, call
 from avzero.models._contract import Context
 from avzero.models._random import Dropout
 from avzero.protocol.counter import dropout_gate
@@ -24,39 +25,29 @@ def block(
     x: Tensor, linear: Linear, norm: BatchNorm, dropout: Dropout, context: Context | None
 ) -> Tensor:
     """Map [B, ..., in] to [B, ..., out]; the groups of BatchNorm lie between B and ``in``."""
-    alone = context is not None and context.world is None
-    if context is None or not alone or not norm.training or len(linear.weight) == 1:
+    if context is None or context.world is not None or not norm.training or len(linear.weight) == 1:
         x = F.relu(norm(linear(x), context))
         return x if context is None else dropout(x, context)
-    rows, shape = x.shape[0], (*x.shape[:-1], len(linear.weight))
-    out, mean, var, *_ = _Block.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]),
+    draws = None if dropout.off else (context.keys[dropout.site], dropout.threshold, dropout.kept)
+    out, mean, var = call(
+        _Block,
+        x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
         linear.weight,
         linear.bias,
         norm.weight,
         norm.bias,
-        context.keys[dropout.site],
-        dropout.threshold,
-        dropout.kept,
-        rows,
-        not dropout.off,
+        x.shape[0],
         norm.eps,
+        *(draws or ()),
     )
     if context.tracked:
-        mean = mean.view(-1, shape[-1]) + linear.bias.detach()
-        norm.track(mean.view(-1), var.view(-1), rows)
-    return out.view(shape)  # type: ignore[no-any-return]
+        norm.track((mean + linear.bias.detach())[0], var[0], x.shape[0])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
-def _over_groups(x: Tensor, groups: int) -> Tensor:
-    """Return a parameter [..., d] for G groups side by side, [..., 1, G * d]."""
-    x = x.unsqueeze(-2)
-    return x if groups == 1 else x.repeat(*(1,) * (x.dim() - 1), groups)
-
-
-def _of_groups(x: Tensor, width: int) -> Tensor:
-    """Return a parameter's gradient [..., d] out of those of its groups, [..., 1, G * d]."""
-    return x.view(*x.shape[:-2], -1, width).sum(-2)
+def _to_rows(x: Tensor) -> Tensor:
+    """Return a parameter [..., d] so that it broadcasts against rows [..., B, G, d]."""
+    return x if x.dim() == 1 else x[:, None, None]
 
 
 class _Block(torch.autograd.Function):
@@ -65,76 +56,66 @@ class _Block(torch.autograd.Function):
     With c the centred products, s their inverse standard deviation, n = B and k = 1 / (1 - p),
     out = m (a + b c) where m is 1 for kept elements above 0, a = k beta and b = k gamma s. The
     gradient of c's rows is b (g - mean(g) - s^2 c mean(g c)) where g has been multiplied by m.
+    Returned are also the products' mean and (biased) variance, [..., 1, G, d].
     """
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
         gamma: Tensor,
         beta: Tensor,
-        key: Tensor,
-        threshold: Tensor,
-        kept: Tensor,
         rows: int,
-        dropping: bool,
         eps: float,
+        *draws: Tensor,
     ) -> tuple[Tensor, ...]:
-        del bias
-        products = (x @ weight.mT).to(x.dtype)  # autocast may have rounded them
-        centred = products.view(*products.shape[:-2], rows, -1)
-        groups = centred.shape[-1] // weight.shape[-2]
-        mean = centred.mean(-2, keepdim=True)
+        del bias  # it has no part in the output, and a gradient of zeros
+        products = x @ weight.mT
+        if products.dtype != x.dtype:  # autocast has rounded them
+            products = products.to(x.dtype)
+        centred = products.view(*products.shape[:-2], rows, -1, weight.shape[-2])
+        mean = centred.sum(-3, keepdim=True).mul_(1 / rows)
         centred -= mean
-        var = (centred * centred).mean(-2, keepdim=True)
-        scale = torch.rsqrt(var + eps)
-        gamma, beta = _over_groups(gamma, groups), _over_groups(beta, groups)
-        if dropping:
-            kept = kept[..., None, None]
-            gamma, beta = gamma * kept, beta * kept
-        out = torch.addcmul(beta, centred, gamma * scale)
-        if dropping:
-            shape = centred.shape[-2:]
+        var = (centred * centred).sum(-3, keepdim=True).mul_(1 / rows)
+        scale = (var + eps).rsqrt_()
+        factor, shift = _to_rows(gamma) * scale, _to_rows(beta)
+        kept = None
+        if draws:
+            key, threshold, kept = draws
+            kept = kept[:, None, None, None] if kept.dim() else kept
+            factor, shift = factor * kept, shift * kept
+            shape = centred.shape[-3:]
             gate = dropout_gate(key, shape, threshold, 0, shape.numel())
-            torch.minimum(out, gate.to(out.dtype), out=out)
-        return out.relu_(), mean, var, centred, scale
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, gamma, _, _, _, kept, _, dropping, _ = inputs
-        out, _, _, centred, scale = output
-        ctx.save_for_backward(x, weight, gamma, kept, out, centred, scale)
-        ctx.dropping = dropping
-        ctx.mark_non_differentiable(*output[1:])
+            gate = gate if gate.dtype == x.dtype else gate.to(x.dtype)
+            out = torch.minimum(torch.addcmul(shift, centred, factor), gate, out=gate)
+        else:
+            out = torch.addcmul(shift, centred, factor)
+        out = out.relu_().view(products.shape)
+        ctx.save_for_backward(x, weight, out, centred, factor, scale, kept)
+        ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
+        return out, mean, var
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gamma, kept, out, centred, scale = ctx.saved_tensors
-        rows, width = centred.shape[-2], weight.shape[-2]
+        x, weight, out, centred, factor, scale, kept = ctx.saved_tensors
         g = torch.ops.aten.threshold_backward(gradients[0], out, 0).contiguous()
-        d_beta = g.sum(-2, keepdim=True)
-        d_gamma = (g * centred).sum(-2, keepdim=True) * scale
-        factor = _over_groups(gamma, centred.shape[-1] // width) * scale
-        if ctx.dropping:
-            factor = factor * kept[..., None, None]
-        small = factor / -rows
-        torch.addcmul(d_beta * small, g, factor, out=g)
-        g.addcmul_(centred, d_gamma * scale * small)
-        if ctx.dropping:
-            d_beta, d_gamma = (d * kept[..., None, None] for d in (d_beta, d_gamma))
-        g = g.view(*g.shape[:-2], -1, width)
+        rows = g.view(centred.shape)
+        d_beta = rows.sum(-3, keepdim=True)
+        d_gamma = (rows * centred).sum(-3, keepdim=True).mul_(scale)
+        small = factor / -centred.shape[-3]
+        torch.addcmul(d_beta * small, rows, factor, out=rows)
+        rows.addcmul_(centred, (d_gamma * scale).mul_(small))
+        if kept is not None:
+            d_beta, d_gamma = d_beta.mul_(kept), d_gamma.mul_(kept)
         return (
             g @ weight if ctx.needs_input_grad[0] else None,
             g.mT @ x,
             g.new_zeros(weight.shape[:-1]),
-            _of_groups(d_gamma, width),
-            _of_groups(d_beta, width),
-            *(None,) * 6,
+            d_gamma.sum((-3, -2)),
+            d_beta.sum((-3, -2)),
+            *(None,) * (len(ctx.needs_input_grad) - 5),
         )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        out = _Block.apply(*stacked(info, in_dims, inputs))  # type: ignore[no-untyped-call]
-        return out, (0,) * 5

@@ -58,7 +58,10 @@ class Context(NamedTuple):
 
     def salted(self, salt: int) -> Context:
         """Return a context whose dropout masks are unrelated: for another pass of one step."""
-        return self._replace(keys=self.keys ^ (salt * 0x1B873593 & 0x7FFFFFFF))
+        if not salt:
+            return self
+        # Even: the second of a site's keys stays odd.
+        return self._replace(keys=self.keys ^ (salt * 0x1B873593 & 0x7FFFFFFE))
 
     def alone(self) -> Context:
         """Return a context for rows every worker has alike, such as the table of class texts."""

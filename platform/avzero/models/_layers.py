@@ -56,8 +56,7 @@ class MLP(nn.Module):
         """Map [..., width] to [..., out]; all outputs are non-negative."""
         layers = list(self.fc.values())
         for at in range(0, len(layers), 3):
-            linear, norm, dropout = layers[at : at + 3]
-            x = block(x, linear, norm, dropout, context)  # type: ignore[arg-type]
+            x = block(x, *layers[at : at + 3], context)  # type: ignore[call-arg, arg-type]
         return x
 
 
@@ -79,7 +78,7 @@ class Projection(nn.Module):
         """Map [..., width] to [..., out], linear at the end."""
         linear, *norm, dropout, last = self.fc.values()
         if norm:
-            x = block(x, linear, *norm, dropout, context)  # type: ignore[arg-type]
+            x = block(x, linear, *norm, dropout, context)  # type: ignore[call-arg, arg-type]
         else:
             x = F.relu(linear(x))
             x = x if context is None else dropout(x, context)
@@ -165,6 +164,6 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Map [..., tokens, width] to the same shape."""
         for layer in self.layers:
-            for block in layer:  # type: ignore[attr-defined]
-                x = block(x, context)
+            for part in layer:  # type: ignore[attr-defined]
+                x = part(x, context)
         return x

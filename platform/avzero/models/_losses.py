@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from avzero.models._basic import call
 
 _EPS = 1e-6
 """Added to differences inside triplet distances, as the framework's pairwise distance does."""
@@ -17,7 +21,7 @@ def hinge(anchor: Tensor, near: Tensor, far: Tensor, margin: Tensor) -> Tensor:
 
     max(0, margin + ||a - near + eps|| - ||a - far + eps||) (avca.md section 3).
     """
-    gaps = [torch.linalg.vector_norm(anchor - x + _EPS, dim=-1) for x in (near, far)]
+    gaps = [torch.linalg.vector_norm((anchor - x).add_(_EPS), dim=-1) for x in (near, far)]
     loss: Tensor = (margin + gaps[0] - gaps[1]).clamp_min(0)
     return loss
 
@@ -33,48 +37,57 @@ def triplets(rows: Tensor, plan: Sequence[tuple[int, int, int]], margin: Tensor)
         margin: 0-d.
     """
     # One pick for all: each would give back a gradient of the size of all rows.
-    picked = pick(rows, [at for role in zip(*plan, strict=True) for at in role])
-    anchors, positives, negatives = picked.view(-1, 3, len(plan), rows.shape[-1]).unbind(1)
-    return hinge(anchors, positives, negatives, margin).mean(0)
+    roles = pick(rows, [at for triplet in plan for at in triplet])
+    anchor, near, far = roles.view(-1, len(plan), 3, rows.shape[-1]).unbind(-2)
+    return hinge(anchor, near, far, margin).mean(0)
 
 
 def pick(rows: Tensor, which: Sequence[int]) -> Tensor:
     """Return rows [B, len(which), o] of [B, R, o]."""
-    return rows.index_select(1, torch.tensor(which, device=rows.device))
+    return rows.index_select(1, _index(tuple(which), rows.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _index(which: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(which, device=device)
 
 
 def mse(left: Tensor, right: Tensor) -> Tensor:
     """Return the mean squared difference over all elements."""
-    out: tuple[Tensor, Tensor] = _MeanSquare.apply(left, right)  # type: ignore[no-untyped-call]
-    return out[0]
+    return mses(left.reshape(1, 1, -1), right.reshape(1, 1, -1)).squeeze(0)
 
 
-class _MeanSquare(torch.autograd.Function):
-    """Mean squared difference over all elements; gradient 2 (left - right) / n.
+def mses(left: Tensor, right: Tensor) -> Tensor:
+    """Return the mean squared differences [T] of T pairs of rows [B, T, d]; ``right`` may be one
+    [B, 1, d] for all."""
+    out: Tensor = call(_MeanSquares, left, right)
+    return out
+
+
+class _MeanSquares(torch.autograd.Function):
+    """See ``mses``; with slots in front, or without. Gradient 2 (left - right) / (B d).
 
     The framework's takes twice as many passes over the rows.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
         gap = left - right
-        return gap.square().mean(), gap
+        ctx.save_for_backward(gap)
+        ctx.shared = right.shape[-2] < left.shape[-2]
+        return (gap * gap).mean(-1).mean(-2)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        del inputs
-        ctx.save_for_backward(output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (gap,) = ctx.saved_tensors
-        left = gap * (gradients[0] * (2 / gap.numel()))
         need_left, need_right = ctx.needs_input_grad
-        return (left if need_left else None), (-left if need_right else None)
+        factor = gradients[0] * (2 / (gap.shape[-3] * gap.shape[-1]))
+        left = gap * factor[..., None, :, None]
+        if not need_right:
+            return left, None
+        right = left.sum(-2, keepdim=True) if ctx.shared else left
+        return (left if need_left else None), -right
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

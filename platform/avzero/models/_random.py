@@ -5,9 +5,12 @@ Draws depend neither on the number of workers nor on other trials sharing the de
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from avzero.models._basic import call
 from avzero.models._contract import Context
 from avzero.protocol.counter import dropout_mask, dropout_words, normal_floats, uniform_floats
 
@@ -60,9 +63,26 @@ class Dropout(Site):
         """Return ``x`` with dropped elements zero and kept ones divided by 1 - p."""
         if self.off or not self.training:
             return x
-        key, first, total = self.lattice(x.numel(), context)
-        words = (self.threshold, self.kept)
-        return x * dropout_mask(key, x.shape, words, first, total).to(x.dtype)
+        lattice = self.lattice(x.numel(), context)
+        out: Tensor = call(_Drop, x, x.dim(), *lattice, self.threshold, self.kept)
+        return out
+
+
+class _Drop(torch.autograd.Function):
+    """Multiply by a mask, forward and backward; values are [..., *shape] of ``dims`` dimensions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dims: int, key: Tensor, first: int, total: int, *words: Tensor
+    ) -> Tensor:
+        mask = dropout_mask(key, x.shape[-dims:], (words[0], words[1]), first, total).to(x.dtype)
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        return gradients[0] * mask, *(None,) * 6
 
 
 def number_sites(model: nn.Module) -> int:

@@ -16,15 +16,20 @@ from torch import Tensor, nn
 
 from avzero.models._contract import Batch, Context, Model, Shapes, scalar
 from avzero.models._layers import MLP, Transformer
-from avzero.models._losses import mse, pick, triplets
+from avzero.models._losses import hinge, mses, pick, triplets
 from avzero.models._reference import load_strictly
 
 WIDTH = 300
 """Width of the encoders' output; equals the word vectors', which the decoder reconstructs."""
 OUT = 64
 JOINT = [(0, 2, 3), (0, 4, 5), (2, 0, 1), (4, 0, 1), (2, 0, 3), (4, 0, 5), (0, 2, 1), (0, 4, 1)]
-"""(anchor, positive, negative) of l_w and l_t, then of l_ct, among w, w_, a, a_, v, v_ (``_``:
-negative)."""
+"""(anchor, positive, negative) of l_w and l_t among w, w_, a, a_, v, v_ (``_``: negative)."""
+TERMS = (
+    *("t_wa_a", "t_wv_v", "t_aw_w", "t_vw_w", "add1_a", "add1_v", "add2_a", "add2_v"),
+    *("ct_a", "ct_v", "rec_w", "rec_a", "rec_v"),
+    *("reg_phi_a", "reg_phi_v", "reg_theta_a", "reg_theta_v"),
+)
+"""The terms of avca.md section 3."""
 
 
 class Sizes(NamedTuple):
@@ -76,36 +81,32 @@ class TwoBranch(Model):
         fused_a, fused_v = (phi + self.cross_attention(phi + self.pos_emb1D, context)).unbind(-2)
         return phi, self.A_proj(fused_a, context), self.V_proj(fused_v, context)
 
-    def terms(self, batch: Batch, context: Context) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the terms of avca.md section 3, unweighted, and phi [B, 2, 2, 300]."""
+    def terms(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
+        """Return the values [17] of ``TERMS``, unweighted, and phi [B, 2, 2, 300]."""
         phi, theta_a, theta_v = self.branches(batch.features, context)
         theta_w = self.W_proj(batch.text, context)
         theta = torch.cat([theta_w, theta_a, theta_v], dim=1)
-        w, a, v = pick(theta, (0, 2, 4)).unbind(1)
         # Decoder groups in the released order; the decoded negative text is dead code there.
         rho = self.D(theta if self.legacy_updates else pick(theta, (0, 2, 3, 4, 5)), context)
+        w, av = torch.split(pick(theta, (0, 2, 4)), [1, 2], dim=1)
+        a, v = av.unbind(1)
         rec_a, rec_v = self.A_rec(a, context), self.V_rec(v, context)
         if self.legacy_updates and context.tracked:
             with torch.no_grad():
                 self.V_proj(rec_v.detach(), context.salted(1))
                 self.A_proj(rec_a.detach(), context.salted(1))
-        joint = triplets(theta, JOINT, self.margin)
-        n = rho.shape[1]
-        cross = triplets(rho, [(0, n - 4, n - 3), (0, n - 2, n - 1)], self.margin)
-        rho_w, rho_a, rho_v = pick(rho, (0, n - 4, n - 2)).unbind(1)
-        names = ("t_wa_a", "t_wv_v", "t_aw_w", "t_vw_w", "add1_a", "add1_v", "add2_a", "add2_v")
-        text, (p_a, p_v) = batch.text[:, 0], phi[:, 0].unbind(1)
-        return dict(zip(names, joint.unbind(), strict=True)) | {
-            "ct_a": cross[0],
-            "ct_v": cross[1],
-            "rec_v": mse(text, rho_v),
-            "rec_a": mse(text, rho_a),
-            "rec_w": mse(text, rho_w),
-            "reg_phi_v": mse(rec_v, p_v),
-            "reg_phi_a": mse(rec_a, p_a),
-            "reg_theta_v": mse(v, w),
-            "reg_theta_a": mse(a, w),
-        }, phi
+        rho_w, _, others = torch.split(rho, [1, rho.shape[1] - 5, 4], dim=1)
+        near, far = others.view(-1, 2, 2, others.shape[-1]).unbind(2)
+        text = batch.text[:, :1]
+        values = (
+            triplets(theta, JOINT, self.margin),
+            hinge(rho_w, near, far, self.margin).mean(0),
+            mses(rho_w, text),
+            mses(near, text),
+            mses(torch.stack([rec_a, rec_v], dim=1), phi[:, 0]),
+            mses(av, w),
+        )
+        return torch.cat(values), phi
 
     def settle(self, batch: Batch, context: Context) -> None:
         """With legacy updates: one more train-mode pass of the anchors (avca.md section 5)."""

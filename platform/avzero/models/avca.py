@@ -15,12 +15,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from avzero.models._contract import Batch, Card, Context, ModelConfig, Shapes, scalar
-from avzero.models._two_branch import Sizes, TwoBranch
+from avzero.models._losses import pick
+from avzero.models._two_branch import TERMS, Sizes, TwoBranch
 from avzero.spec import NonNegative, Positive, Probability
+
+_WEIGHTED = ("", "add1", "add2", "rec", "reg")
+_WEIGHT = tuple(
+    _WEIGHTED.index(kind) if (kind := name.split("_")[0]) in _WEIGHTED else 0 for name in TERMS
+)
+"""Which weight a term has: none, k1, k2, w_rec or w_reg."""
 
 
 class AVCAConfig(ModelConfig):
@@ -76,9 +84,7 @@ class AVCA(TwoBranch):
 
     def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Return the 17 terms of avca.md section 3 (weights applied)."""
-        weights = {"add1": self.k1, "add2": self.k2, "rec": self.w_rec, "reg": self.w_reg}
-        terms, _ = self.terms(batch, context)
-        return {
-            name: term * weights[kind] if (kind := name.split("_")[0]) in weights else term
-            for name, term in terms.items()
-        }
+        values, _ = self.terms(batch, context)
+        weights = [torch.ones_like(self.k1), self.k1, self.k2, self.w_rec, self.w_reg]
+        values = values * pick(torch.stack(weights)[None, :, None], _WEIGHT).view(-1)
+        return dict(zip(TERMS, values.unbind(), strict=True))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from avzero.models._basic import Linear, sigmoid
 from avzero.models._contract import Batch, Card, Context, ModelConfig, Shapes, scalar
-from avzero.models._two_branch import WIDTH, Sizes, TwoBranch
+from avzero.models._two_branch import TERMS, WIDTH, Sizes, TwoBranch
 from avzero.spec import NonNegative, Positive, Probability
 
 _EDGE = 0.999
@@ -108,7 +108,8 @@ class HyperMultiple(TwoBranch):
 
     def loss(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Return the terms of hyper_multiple.md section 3 (weights applied)."""
-        t, phi = self.terms(batch, context)
+        values, phi = self.terms(batch, context)
+        t = dict(zip(TERMS, values.unbind(), strict=True))
         terms = {
             "rec": t["rec_v"] + t["rec_a"] + t["rec_w"],
             "ct": t["ct_a"] + t["ct_v"],

@@ -73,11 +73,16 @@ def uniform_below(key: int, counters: Tensor, bound: Tensor | int) -> Tensor:
 
 
 def site_keys(key: int, steps: int, sites: int, device: torch.device) -> Tensor:
-    """Return int32 keys [steps, sites, 2]: two per dropout site and step of an epoch."""
+    """Return int32 keys [steps, sites, 2]: two per dropout site and step of an epoch.
+
+    The first shifts the lattice of elements, the second, which is odd, multiplies it.
+    """
     sites = max(sites, 1)
     counters = torch.arange(steps * sites * 2, dtype=torch.int64, device=device)
     bits = mix64(mix64(counters) ^ _signed64(key))
-    return (bits >> 32).to(torch.int32).view(steps, sites, 2)
+    keys = (bits >> 32).to(torch.int32).view(steps, sites, 2)
+    keys[..., 1] |= 1
+    return keys
 
 
 @functools.lru_cache(maxsize=32)
@@ -91,15 +96,22 @@ def _lattice(size: int, device: torch.device) -> Tensor:
     return (x ^ (x >> 15)).to(torch.int32)
 
 
-_GATE = 2.0**120
-"""What separates kept from dropped is stretched by this: far beyond any activation."""
+_GATE = 2.0**90
+"""What separates kept from dropped is stretched by this: far beyond any activation. A power of two,
+so that nothing is rounded, and small enough for the stretched thresholds to be finite."""
+
+
+@functools.lru_cache(maxsize=256)
+def _part(first: int, shape: torch.Size, total: int, device: torch.device) -> Tensor:
+    """Return one worker's part of the lattice; a view, kept because a step asks for dozens."""
+    return _lattice(total, device)[first : first + shape.numel()].view(shape)
 
 
 def dropout_words(probability: float) -> tuple[Tensor, Tensor]:
     """Return what dropout needs of a probability p: the threshold of ``dropout_gate``, and
     1 / (1 - p), which kept elements are multiplied by; float32, 0-d."""
     p = torch.tensor(probability, dtype=torch.float64)
-    return ((0.5 - p) * 2.0**32).to(torch.float32), (1 / (1 - p)).to(torch.float32)
+    return ((0.5 - p) * (2.0**32 * _GATE)).to(torch.float32), (1 / (1 - p)).to(torch.float32)
 
 
 def dropout_gate(
@@ -111,8 +123,8 @@ def dropout_gate(
     The smaller of a value and its gate, where positive, is the value or 0: a rectifier and its
     dropout are two cheap passes, and ``dropout_mask`` two others. Few passes count, because each
     costs as much as one of a normalisation's; comparing into booleans or shifting words costs
-    several (docs/experiments.md, "dropout"). The lattice is mixed already: a line through it, with
-    slope and shift of the step and site, puts it in another order for each (``tests/test_counter``).
+    several (docs/experiments.md). The lattice is mixed already: a line through it, with slope and
+    shift of the step and site, puts it in another order for each (``tests/test_counter.py``).
 
     Args:
         key: int32 [..., 2], the site's keys in this step.
@@ -122,11 +134,10 @@ def dropout_gate(
         total: number of elements of the global batch, so that workers share one lattice.
     """
     shift, slope = (_per_slot(word, shape) for word in key.unbind(-1))
-    words = _lattice(total, key.device)[first : first + shape.numel()].view(shape)
-    words = (words * (slope | 1)).add_(shift)
+    words = (_part(first, shape, total, key.device) * slope).add_(shift)
     # Rounded to 24 bits, which moves p by 2^-25 at most. A difference of 0 stays 0: dropped.
-    gate = words.to(torch.float32).sub_(_per_slot(threshold.to(torch.float32), shape))
-    return gate.mul_(-_GATE)
+    threshold = _per_slot(threshold.to(torch.float32), shape)
+    return torch.sub(threshold, words.to(torch.float32), alpha=_GATE)
 
 
 def _per_slot(x: Tensor, shape: torch.Size) -> Tensor:
@@ -142,8 +153,8 @@ def dropout_mask(
     The arguments are those of ``dropout_gate``; ``words``: both of ``dropout_words``.
     """
     threshold, kept = words
-    mask = dropout_gate(key, shape, threshold, first, total).clamp(0, 1)
-    return mask.mul_(_per_slot(kept, shape))
+    mask = dropout_gate(key, shape, threshold, first, total)
+    return mask.clamp_(0, 1).mul_(_per_slot(kept, shape))  # slots in front: not for vmap
 
 
 def uniform_floats(key: Tensor, shape: torch.Size, first: int, total: int) -> Tensor:
@@ -151,10 +162,9 @@ def uniform_floats(key: Tensor, shape: torch.Size, first: int, total: int) -> Te
 
     The arguments are those of ``dropout_gate``; resolution 2^-23, so that both ends stay out.
     """
-    count = shape.numel()
-    x = _lattice(total, key.device)[first : first + count].view(shape) + key[0]
+    x = _part(first, shape, total, key.device) + key[0]
     for shift in (15, 13):  # two rounds: unlike a mask, all upper 23 bits are used
-        x = (x ^ _shifted(x, shift)) * (key[1] | 1)
+        x = (x ^ _shifted(x, shift)) * key[1]
     return unit_interval(x ^ _shifted(x, 16))
 
 
