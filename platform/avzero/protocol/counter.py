@@ -123,8 +123,8 @@ def dropout_gate(
     The smaller of a value and its gate, where positive, is the value or 0: a rectifier and its
     dropout are two cheap passes, and ``dropout_mask`` two others. Few passes count, because each
     costs as much as one of a normalisation's; comparing into booleans or shifting words costs
-    several (docs/experiments.md). The lattice is mixed already: a line through it, with slope and
-    shift of the step and site, puts it in another order for each (``tests/test_counter.py``).
+    several (docs/experiments.md). The lattice is mixed already: the odd factor of a step and site
+    puts it in another order for each (``tests/test_counter.py``).
 
     Args:
         key: int32 [..., 2], the site's keys in this step.
@@ -133,8 +133,7 @@ def dropout_gate(
         first: number of the first element in the global batch (0 with one worker).
         total: number of elements of the global batch, so that workers share one lattice.
     """
-    shift, slope = (_per_slot(word, shape) for word in key.unbind(-1))
-    words = (_part(first, shape, total, key.device) * slope).add_(shift)
+    words = _part(first, shape, total, key.device) * _per_slot(key[..., 1], shape)
     # Rounded to 24 bits, which moves p by 2^-25 at most. A difference of 0 stays 0: dropped.
     threshold = _per_slot(threshold.to(torch.float32), shape)
     return torch.sub(threshold, words.to(torch.float32), alpha=_GATE)
