@@ -14,6 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -133,11 +134,22 @@ def make_config(name: str, values: dict[str, object], preset: Preset, where: str
 def outline(name: str, config: ModelConfig, shapes: Shapes) -> Model:
     """Build a system without memory or random numbers: refusals and sizes at once.
 
+    What has been built is kept, for a search space asks for the same ones again and again: look at
+    it, do not change it.
+
     Raises:
         UserError: the system cannot be built this way for these shapes.
     """
+    features = tuple(sorted(shapes.features.items()))
+    return _outline(model_class(name), config.model_dump_json(), features, shapes[1:])
+
+
+@functools.lru_cache(maxsize=256)
+def _outline(
+    cls: type[Model], config: str, features: tuple[tuple[str, int], ...], rest: tuple[Any, ...]
+) -> Model:
     with torch.device("meta"):
-        return model_class(name)(config, shapes)
+        return cls(cls.Config.model_validate_json(config), Shapes(dict(features), *rest))
 
 
 def build(task: Task, shapes: Shapes) -> Model:

@@ -13,6 +13,7 @@ it into as many unrelated sets of draws.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -110,8 +111,9 @@ def _part(first: int, shape: torch.Size, total: int, device: torch.device) -> Te
 def dropout_words(probability: float) -> tuple[Tensor, Tensor]:
     """Return what dropout needs of a probability p: the threshold of ``dropout_gate``, and
     1 / (1 - p), which kept elements are multiplied by; float32, 0-d."""
-    p = torch.tensor(probability, dtype=torch.float64)
-    return ((0.5 - p) * (2.0**32 * _GATE)).to(torch.float32), (1 / (1 - p)).to(torch.float32)
+    threshold = (0.5 - probability) * 2.0**32 * _GATE
+    kept = 1 / (1 - probability) if probability < 1 else math.inf
+    return torch.tensor(threshold, dtype=torch.float32), torch.tensor(kept, dtype=torch.float32)
 
 
 def dropout_gate(
