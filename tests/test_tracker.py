@@ -1,14 +1,10 @@
-"""The MLflow tracker against a stub server: requests, order, faults, taking up, limits."""
+"""The MLflow tracker against a stub server: requests, order, taking up, limits."""
 
 from __future__ import annotations
 
 import io
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,99 +13,29 @@ from avzero.data.store import FeatureStore
 from avzero.protocol.calibration import Calibration
 from avzero.protocol.seal import Frozen
 from avzero.spec import Job
-from avzero.track import files, mlflow_tracker, outbox
+from avzero.track import mlflow_tracker
 from avzero.track.mlflow_tracker import MlflowTracker
-from avzero.track.outbox import Outbox
 from avzero.track.payload import EPOCH_KEYS, METRIC_KEYS, epoch_metrics, rate, result_metrics
 from avzero.train.folder import RunFolder
 from avzero.tune.listener import FinalView, TrialView
 from avzero.tune.space import Group
-from tests.mlflow_stub import Fault, MlflowStub
+from tests.mlflow_stub import MlflowStub
 from tests.test_outbox import ended
-from tests.trials import EPOCHS, PICTURES, SETTINGS, epoch_of, result_of, trial_view
+from tests.tracked import (  # noqa: F401 - fixtures
+    assert_complete,
+    files_of,
+    group,
+    job,
+    quick,
+    run_sweep,
+    run_trial,
+    steps,
+    stub,
+    trials,
+)
+from tests.trials import EPOCHS, SETTINGS, epoch_of, result_of, trial_view
 
 SCORES = {"S", "U", "HM", "ZSL", "beta", "AUSUC"}
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the pauses after failures; a trial's end comes soon after its rung."""
-    monkeypatch.setattr(outbox, "_PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(mlflow_tracker, "LINGER", 30.0)
-    for picture in PICTURES:
-        monkeypatch.setattr(files, picture, lambda *_: b"picture")  # tests of sweeps draw them
-
-
-@pytest.fixture
-def stub() -> Iterator[MlflowStub]:
-    with MlflowStub() as server:
-        yield server
-
-
-@pytest.fixture
-def job() -> Job:
-    return Job.model_validate(SETTINGS)
-
-
-@pytest.fixture
-def group(store: FeatureStore, job: Job) -> Group:
-    return Group(job, store.info("tiny"), "avca", "w2v")
-
-
-@pytest.fixture
-def trials(group: Group, store: FeatureStore) -> list[TrialView]:
-    """Two trials stopped at a rung, two complete; the last is the best."""
-    return [
-        trial_view(group, store.storage, 0, EPOCHS, complete=True),
-        trial_view(group, store.storage, 1, 2, complete=False),
-        trial_view(group, store.storage, 2, 6, complete=False),
-        trial_view(group, store.storage, 3, EPOCHS, complete=True, hm=0.3),
-    ]
-
-
-def run_trial(tracker: MlflowTracker, trial: TrialView) -> None:
-    tracker.trial_started(trial)
-    for epoch in trial.epochs:
-        tracker.epoch_ended(trial, epoch)
-    if len(trial.epochs) == SETTINGS["search"]["min_epochs"]:
-        time.sleep(0.1)  # stopped at a rung: the end comes a little later
-    tracker.trial_ended(trial)
-
-
-def run_sweep(tracker: MlflowTracker, group: Group, trials: Sequence[TrialView]) -> None:
-    tracker.sweep_started(group.job, [group], [])
-    for trial in trials:
-        run_trial(tracker, trial)
-    tracker.sweep_ended(trials, False)
-
-
-def steps(run: dict[str, Any], key: str = "train/loss") -> list[int]:
-    return [m["step"] for m in run["metrics"] if m["key"] == key]
-
-
-def assert_complete(stub: MlflowStub, trials: Sequence[TrialView]) -> None:
-    """One run per trial, closed, with every epoch and the result once."""
-    runs = {run["tags"]["avzero.run"]: run for run in stub.kind("trial")}
-    assert len(stub.kind("trial")) == len(runs) == len(trials)
-    (parent,) = stub.kind("sweep")
-    assert parent["status"] == "FINISHED" and parent["start_time"] <= parent["end_time"]
-    for trial in trials:
-        run = runs[trial.task.id]
-        assert run["status"] == {"complete": "FINISHED", "pruned": "KILLED"}[trial.state]
-        assert run["tags"]["mlflow.parentRunId"] == parent["id"]
-        assert run["params"]["lr"] == str(trial.task.train.lr)
-        assert run["end_time"] >= run["start_time"]
-        for key in ("train/loss", "val/HM"):
-            assert steps(run, key) == [e.epoch for e in trial.epochs]
-        assert [m["value"] for m in run["metrics"] if m["key"] == "HM"] == [100 * trial.hm]
-        assert len({m["key"] for m in run["metrics"]}) <= METRIC_KEYS
-        assert all(run["start_time"] <= m["timestamp"] <= run["end_time"] for m in run["metrics"])
-    files = [name for name in stub.artifacts if parent["id"] in name]
-    complete = any(trial.state == "complete" for trial in trials)
-    assert any(name.endswith("/per_class_of_trials.parquet") for name in files) == complete
-
-
-# -- requests -----------------------------------------------------------------------------------
 
 
 def test_requests_of_a_sweep(
@@ -158,10 +84,6 @@ def test_requests_of_a_sweep(
     assert rows.column_names == ["trial", "class_id", "recall", "zsl"]
     assert Counter(rows["trial"].to_pylist()) == {0: 40, 3: 40}
     assert rows["zsl"].null_count == 40 and rows["recall"][0].as_py() == pytest.approx(0.2)
-
-
-def files_of(stub: MlflowStub, run: dict[str, Any]) -> set[str]:
-    return {name.split("/")[-1] for name in stub.artifacts if run["id"] in name}
 
 
 def test_nothing_before_the_first_rung_then_one_batch_per_rung(
@@ -381,146 +303,3 @@ def test_stage_1_of_a_pipeline_is_closed_by_stage_2(
     run_final(tracker, second)
     (run,) = stub.kind("stage1")
     assert run["status"] == "FINISHED" and steps(run) == [0]
-
-
-# -- faults -------------------------------------------------------------------------------------
-
-
-def test_hooks_do_not_wait(
-    stub: MlflowStub, job: Job, group: Group, trials: list[TrialView]
-) -> None:
-    """A server that takes a request and never answers holds up its own thread only."""
-    tracker = MlflowTracker(stub.uri, job)
-    answer = threading.Event()
-
-    def hang(endpoint: str, request: tuple[str, bytes]) -> Fault:
-        answer.wait()
-        return None
-
-    stub.fault = hang
-    tracker.sweep_started(job, [group], [])
-    for trial in trials:
-        run_trial(tracker, trial)
-    assert not stub.runs
-    answer.set()
-    tracker.sweep_ended(trials, False)
-    assert_complete(stub, trials)
-
-
-@pytest.mark.parametrize("kind", ["refuse", "lose", "503"])
-def test_every_request_fails_at_first(
-    stub: MlflowStub,
-    job: Job,
-    group: Group,
-    trials: list[TrialView],
-    kind: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Every request fails once, done or not; repeated ones change nothing: in the end all is
-    there, once."""
-    tracker = MlflowTracker(stub.uri, job)
-    seen: Counter[tuple[str, bytes]] = Counter()
-    failed = set()
-
-    def fault(endpoint: str, request: tuple[str, bytes]) -> Fault:
-        seen[request] += 1
-        failed.add(endpoint)
-        return kind if seen[request] == 1 else None
-
-    stub.fault = fault
-    run_sweep(tracker, group, trials)
-    assert_complete(stub, trials)
-    assert failed >= {"runs/create", "runs/log-batch", "runs/update", "artifacts", "runs/search"}
-    assert all(len(run["tags"]) > 10 for run in stub.runs.values())
-    best = next(r for r in stub.kind("trial") if r["tags"]["avzero.number"] == "3")
-    assert "learning_curves.png" in files_of(stub, best)
-    assert capsys.readouterr().err.count("has stopped answering") <= 1
-
-
-def test_outage_costs_one_line(
-    stub: MlflowStub,
-    job: Job,
-    group: Group,
-    trials: list[TrialView],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Hooks do not wait while the server is away; when it is back, everything is sent."""
-    tracker = MlflowTracker(stub.uri, job)
-    stub.fault = lambda *_: "refuse"
-    tracker.sweep_started(job, [group], [])
-    for trial in trials:
-        run_trial(tracker, trial)
-    deadline = time.monotonic() + 10
-    while sum(stub.counts.values()) < 8 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not stub.runs
-    stub.fault = lambda *_: None
-    tracker.sweep_ended(trials, False)
-    assert_complete(stub, trials)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2, lines
-    assert f"MLflow at {stub.uri} has stopped answering (" in lines[0]
-    assert "the sweep goes on" in lines[0] and "answers again; nothing is missing" in lines[1]
-
-
-def test_server_that_stays_away(
-    stub: MlflowStub,
-    job: Job,
-    group: Group,
-    trials: list[TrialView],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The command ends in bounded time and says what is missing; the next one fills it in."""
-    monkeypatch.setattr(Outbox, "patience", 0.3)
-    tracker = MlflowTracker(stub.uri, job)
-    run = {"left": 3}
-
-    def fault(endpoint: str, request: tuple[str, bytes]) -> Fault:
-        run["left"] -= 1
-        return "refuse" if run["left"] < 0 else None
-
-    stub.fault = fault
-    start = time.monotonic()
-    run_sweep(tracker, group, trials)
-    assert time.monotonic() - start < 10
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "could not be sent; results are in the store" in lines[1], lines
-    stub.fault = lambda *_: None
-    assert tracker.outbox.drain(), "what is left is still tried"
-    stub.runs.clear()
-    tracker = MlflowTracker(stub.uri, job)
-    tracker.sweep_started(job, [group], trials)
-    tracker.sweep_ended(trials, False)
-    assert_complete(stub, trials)
-
-
-def test_refused_run_does_not_stop_the_others(
-    stub: MlflowStub,
-    job: Job,
-    group: Group,
-    trials: list[TrialView],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    tracker = MlflowTracker(stub.uri, job)
-    batches = {"left": 3}
-
-    def fault(endpoint: str, request: tuple[str, bytes]) -> Fault:
-        if endpoint != "runs/log-batch":
-            return None
-        batches["left"] -= 1
-        return "400" if batches["left"] >= 0 else None
-
-    stub.fault = fault
-    run_sweep(tracker, group, trials)
-    err = capsys.readouterr().err
-    assert (
-        err.count("\n") == 1
-        and "run 'AVCA: trial 0 (defaults)' is not logged (" in err
-        and "400" in err
-    )
-    stub.fault = lambda *_: None
-    tracker = MlflowTracker(stub.uri, job)
-    tracker.sweep_started(job, [group], trials)
-    tracker.sweep_ended(trials, False)
-    assert_complete(stub, trials)

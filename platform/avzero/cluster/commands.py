@@ -23,7 +23,10 @@ _Address = Annotated[
     ),
 ]
 _Tracking = Annotated[
-    str | None, typer.Option("--tracking", help="MLflow URI instead of the job's; 'off' for none.")
+    str | None,
+    typer.Option(
+        "--tracking", envvar="AVZERO_TRACKING", help="MLflow URI instead of the job's; 'off': none."
+    ),
 ]
 _Env = Annotated[
     list[str] | None,
