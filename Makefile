@@ -33,7 +33,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 unit: $(VENV)/ready
-	$(BIN)/pytest -n 2 --no-loadscope-reorder -m "not infra and not hosts"
+	$(BIN)/pytest -n 2 --no-loadscope-reorder -m "not infra and not faults and not hosts"
 
 # Three hosts made from network namespaces (root): a worker cut off, the head killed, and more.
 test-hosts: $(VENV)/infra
@@ -42,8 +42,9 @@ test-hosts: $(VENV)/infra
 test: lint unit
 
 # Against real servers: Ceph's S3 gateway, PostgreSQL, MLflow; what is missing is skipped and said.
+# And sweeps whose processes are killed.
 test-infra: $(VENV)/infra
-	$(BIN)/pytest -m infra
+	$(BIN)/pytest -m "infra or faults"
 
 # PostgreSQL, an S3 server and MLflow on loopback, to develop against; their data is in .avzero/stack.
 stack: $(VENV)/ready

@@ -29,7 +29,7 @@ from avzero.tune.listener import Listener, TrialView
 from avzero.tune.sweep import Sweep
 from tests.sweeps import SETTINGS, Recorder, sweep
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 
 def test_a_diverging_trial_fails_alone(ray_local: None, place: Path) -> None:
