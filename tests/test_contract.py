@@ -16,7 +16,7 @@ from avzero.models._contract import Batch, Context, Model, Shapes, trainable
 from avzero.models._layers import Site, number_sites
 from avzero.models._registry import build, make_config, model_class, model_files
 from avzero.protocol.counter import fold, site_keys
-from avzero.spec import Preset, TrainConfig
+from avzero.spec import Preset, Task, TrainConfig
 from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
 from avzero.tune.space import load_space
@@ -328,3 +328,13 @@ def test_trains_and_resumes_to_the_same_state(
     assert [e.val for e in again] == [e.val for e in records]
     weights = resumed.best_weights(resumed.load_state())  # type: ignore[arg-type]
     assert all(torch.equal(weights[k], reference[k]) for k in reference)
+
+
+def test_a_changed_task_has_an_identity_of_its_own(benchmark: Benchmark) -> None:
+    """The identity is worked out once; a copy with other fields must not inherit it."""
+    task = make_task(benchmark)
+    before = task.id
+    assert task.model_copy().id == before == Task.model_validate(task.model_dump()).id
+    other = task.model_copy(update={"seed": task.seed + 1})
+    assert other.id != before and other.model_copy(update={"seed": task.seed}).id == before
+    assert task == task.model_copy() and "id" not in task.model_dump()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -364,10 +365,16 @@ class Task(Strict):
     weights: str | None = Field(None, exclude_if=lambda value: value is None)
     """SHA-256 of the published checkpoint that stands for the training; None: trained here."""
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The identity shared by Optuna trial, Ray trial, MLflow run and storage folder."""
         return identity(self.model_dump(mode="json"))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some fields changed, which has an identity of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("id", None)
+        return copied
 
 
 def load_yaml(path: Path) -> Any:

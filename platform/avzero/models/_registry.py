@@ -42,8 +42,22 @@ def model_files() -> dict[str, Path]:
         UserError: two files define the same name.
     """
     folders = [Path(__file__).parent, *(folder / "models" for folder in extra_folders())]
+    return dict(_found(tuple((folder, _changed(folder)) for folder in folders)))
+
+
+def _changed(folder: Path) -> int:
+    """Return when files were last added to a folder or removed, 0 where there is none."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=8)
+def _found(folders: tuple[tuple[Path, int], ...]) -> dict[str, Path]:
+    """Return the systems' files; read again when a folder has changed."""
     found: dict[str, Path] = {}
-    for folder in folders:
+    for folder, _ in folders:
         for path in sorted(folder.glob("*.py")):
             if path.stem.startswith("_"):
                 continue
