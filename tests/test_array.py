@@ -13,6 +13,7 @@ from avzero.data.benchmark import Benchmark
 from avzero.data.store import FeatureStore
 from avzero.models._contract import Model
 from avzero.models._registry import build, model_class, model_files
+from avzero.protocol.counter import fold, site_keys
 from avzero.spec import Preset, Resources, Task
 from avzero.train.array import Stack, run_epoch
 from avzero.train.data import StageData
@@ -140,7 +141,7 @@ def test_a_stack_of_one_is_the_plain_module(benchmark: Benchmark, store: Feature
     task = make_task(benchmark, "avca", seed=61)
     data = StageData(benchmark, task, CPU)
     trainer = Trainer(task, benchmark, RunFolder(store.storage, task))
-    keys = torch.zeros(1, trainer.sites, 2, dtype=torch.int32)
+    keys = site_keys(fold(61), 1, trainer.sites, CPU)
     batch = taken(data, trainer.draws(), 0)
     stack = Stack([trainer.model.train()])
     lone = type(batch)(

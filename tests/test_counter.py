@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from avzero.protocol.counter import (
+    _lattice,
     dropout_gate,
     dropout_mask,
     dropout_words,
@@ -64,18 +65,38 @@ def test_mask_has_its_rate_and_scale() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.999])
 def test_the_gate_is_the_mask(p: float) -> None:
-    """The smaller of a value and its gate, above 0, is what the mask leaves of it."""
+    """The smaller of a value and its gate, above 0, is what the mask leaves of it; both keep the
+    elements whose word, a product of integers, lies below the threshold."""
     key = site_keys(fold(9), 1, 1, CPU)[0, 0]
     shape = torch.Size([1 << 12, 8])
     words = dropout_words(p)
     gate = dropout_gate(key, shape, words[0], 0, shape.numel())
     mask = dropout_mask(key, shape, words, 0, shape.numel())
-    assert not gate.isnan().any() and ((gate <= 0) | (gate > 1e30)).all()
+    assert not gate.isnan().any() and ((gate <= 0) | (gate >= 2.0**90)).all()
+    word = _lattice(15, CPU).long() * int(key[1]) % 2**32
+    signed = torch.where(word < 2**31, word, word - 2**32).view(shape)
+    assert torch.equal(mask > 0, signed < (0.5 - p) * 2**32 - 2.0**-20)
     values = torch.randn(shape).abs() * 1e20
     torch.testing.assert_close(
         torch.minimum(values, gate).relu(), values * (mask > 0), rtol=0, atol=0
     )
     assert p > 0 or (mask == 1).all()
+
+
+def test_a_rate_of_zero_drops_nothing() -> None:
+    """Not even the highest word: beside other rates such a slot must get what it gets alone."""
+    threshold, kept = dropout_words(0.0)
+    highest = torch.tensor(2**31 - 1, dtype=torch.int32).to(torch.float32)
+    assert torch.sub(threshold, highest, alpha=2.0**90) > 0 and kept == 1
+    assert torch.isfinite(torch.sub(threshold, -(2.0**31) * torch.ones(()), alpha=2.0**90))
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_every_element_is_dropped_at_the_rate(p: float) -> None:
+    """Over many steps; a first element that a factor cannot move would always be kept."""
+    keys = site_keys(fold(8), 600, 1, CPU)[:, 0]
+    rates = torch.stack([kept(key, 512, p) for key in keys]).double().mean(0)
+    assert ((rates - (1 - p)).abs() < 5 * (p * (1 - p) / 600) ** 0.5).all()
 
 
 def test_masks_of_steps_and_sites_are_uncorrelated() -> None:

@@ -154,7 +154,7 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_divergence_is_not_hidden_by_dropout() -> None:
-    """What is not finite stays so: a run that diverges must fail, whatever is dropped."""
+    """What is not a number stays so: a run that diverges must fail, whatever is dropped."""
     layer = MLP(5, 0, 7, 0.4).train()
     number_sites(layer)
     x = torch.randn(64, 5)

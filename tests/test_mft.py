@@ -13,6 +13,7 @@ from avzero.data.store import FeatureStore
 from avzero.errors import UserError
 from avzero.models._contract import Context, Shapes
 from avzero.models.mft import MFT, MFTConfig, kl, same_class_gap
+from avzero.protocol.counter import fold, site_keys
 from tests import toys
 from tests.conftest import make_task
 from tests.test_world import both
@@ -152,7 +153,7 @@ def test_all_zero_embeddings_have_finite_gradients() -> None:
         with torch.no_grad():
             model.get_parameter("O_proj.fc.5.weight").zero_()
             model.get_parameter("O_proj.fc.5.bias").fill_(-1)
-        context = Context(torch.zeros(99, 2, dtype=torch.int32))
+        context = Context(site_keys(fold(1), 1, 99, torch.device("cpu"))[0])
         data = toys.batch(5, 4, 6)
         data = data._replace(
             features={m: x.float() for m, x in data.features.items()},

@@ -64,7 +64,7 @@ class _Slots(torch.autograd.Function):
 
     @staticmethod
     def forward(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-        raise NotImplementedError("these functions are not differentiated inside transforms")
+        raise NotImplementedError("under a transform: only vmap, over an input of this function")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -157,6 +157,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         row = weight.unsqueeze(-2)
+        x = x if x.dtype == weight.dtype else x.to(weight.dtype)  # autocast has rounded it
         out, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
         ctx.save_for_backward(x, out, mean, scale, row)
         return torch.addcmul(bias.unsqueeze(-2), out, row)

@@ -72,8 +72,8 @@ class _Block(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         del bias  # it has no part in the output, and a gradient of zeros
         products = x @ weight.mT
-        if products.dtype != x.dtype:  # autocast has rounded them
-            products = products.to(x.dtype)
+        if products.dtype != gamma.dtype:  # autocast has rounded them
+            products = products.to(gamma.dtype)
         centred = products.view(*products.shape[:-2], rows, -1, weight.shape[-2])
         mean = centred.sum(-3, keepdim=True).mul_(1 / rows)
         centred -= mean
@@ -87,7 +87,7 @@ class _Block(torch.autograd.Function):
             factor, shift = factor * kept, shift * kept
             shape = centred.shape[-3:]
             gate = dropout_gate(key, shape, threshold, 0, shape.numel())
-            gate = gate if gate.dtype == x.dtype else gate.to(x.dtype)
+            gate = gate if gate.dtype == gamma.dtype else gate.to(gamma.dtype)
             out = torch.minimum(torch.addcmul(shift, centred, factor), gate, out=gate)
         else:
             out = torch.addcmul(shift, centred, factor)

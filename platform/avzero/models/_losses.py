@@ -60,7 +60,7 @@ def _index(which: tuple[int, ...], device: torch.device) -> Tensor:
 
 def mse(left: Tensor, right: Tensor) -> Tensor:
     """Return the mean squared difference over all elements."""
-    return mses(left.reshape(1, 1, -1), right.reshape(1, 1, -1)).squeeze(0)
+    return mses(left.reshape(len(left), 1, -1), right.reshape(len(right), 1, -1)).squeeze(0)
 
 
 def mses(left: Tensor, right: Tensor) -> Tensor:

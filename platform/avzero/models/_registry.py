@@ -154,7 +154,7 @@ def outline(name: str, config: ModelConfig, shapes: Shapes) -> Model:
     Raises:
         UserError: the system cannot be built this way for these shapes.
     """
-    features = tuple(sorted(shapes.features.items()))
+    features = tuple(shapes.features.items())
     return _outline(model_class(name), config.model_dump_json(), features, shapes[1:])
 
 

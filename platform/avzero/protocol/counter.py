@@ -7,7 +7,7 @@ trial that shares an array with others keeps its own (design rule 4).
 Two hashes are used. ``mix64`` (the finaliser of SplitMix64; Steele, Lea and Flood, OOPSLA 2014)
 keys streams and draws samples. Dropout draws millions of values a step: a 32-bit mixer of the same
 family, which depends on the element only, is kept between steps, and the keys of step and site turn
-it into as many unrelated sets of draws.
+it into as many sets of draws.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def uniform_below(key: int, counters: Tensor, bound: Tensor | int) -> Tensor:
 def site_keys(key: int, steps: int, sites: int, device: torch.device) -> Tensor:
     """Return int32 keys [steps, sites, 2]: two per dropout site and step of an epoch.
 
-    The first shifts the lattice of elements, the second, which is odd, multiplies it.
+    Noise shifts the lattice of elements by the first and multiplies it by the second, which is odd;
+    dropout multiplies only.
     """
     sites = max(sites, 1)
     counters = torch.arange(steps * sites * 2, dtype=torch.int64, device=device)
@@ -86,12 +87,14 @@ def site_keys(key: int, steps: int, sites: int, device: torch.device) -> Tensor:
     return keys
 
 
-@functools.lru_cache(maxsize=32)
-def _lattice(size: int, device: torch.device) -> Tensor:
-    """Return the first mixing round of elements 0 … size - 1 (int32)."""
-    if size & (size - 1):  # sizes that change with every batch share one table
-        return _lattice(1 << size.bit_length(), device)[:size]
-    x = torch.arange(size, dtype=torch.int64, device=device)
+@functools.cache
+def _lattice(bits: int, device: torch.device) -> Tensor:
+    """Return the first mixing round of elements 0 … 2^bits - 1 (int32).
+
+    Sizes that change with every batch share one table. They count from 1: a word of 0 would stay 0
+    under every factor.
+    """
+    x = torch.arange(1, (1 << bits) + 1, dtype=torch.int64, device=device)
     x = (x * 0x9E3779B1) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     return (x ^ (x >> 15)).to(torch.int32)
@@ -105,13 +108,15 @@ so that nothing is rounded, and small enough for the stretched thresholds to be 
 @functools.lru_cache(maxsize=256)
 def _part(first: int, shape: torch.Size, total: int, device: torch.device) -> Tensor:
     """Return one worker's part of the lattice; a view, kept because a step asks for dozens."""
-    return _lattice(total, device)[first : first + shape.numel()].view(shape)
+    table = _lattice(max(total - 1, 0).bit_length(), device)
+    return table[first : first + shape.numel()].view(shape)
 
 
 def dropout_words(probability: float) -> tuple[Tensor, Tensor]:
     """Return what dropout needs of a probability p: the threshold of ``dropout_gate``, and
     1 / (1 - p), which kept elements are multiplied by; float32, 0-d."""
-    threshold = (0.5 - probability) * 2.0**32 * _GATE
+    # A rate of 0 keeps even the highest words, which are rounded up to 2^31.
+    threshold = (0.5 - probability if probability else 1.0) * 2.0**32 * _GATE
     kept = 1 / (1 - probability) if probability < 1 else math.inf
     return torch.tensor(threshold, dtype=torch.float32), torch.tensor(kept, dtype=torch.float32)
 
