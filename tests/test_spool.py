@@ -20,14 +20,21 @@ from avzero.track.payload import Draft, Outcome, final_draft, trial_draft
 from avzero.track.spool import Spool, Ticket
 from avzero.tune.listener import TrialView
 from avzero.tune.space import Group
-from tests import test_tracker
 from tests.mlflow_stub import Fault, MlflowStub
 from tests.test_outbox import ended
-from tests.test_tracker import assert_complete, files_of, final_of, run_final, run_sweep, run_trial
+from tests.test_tracker import final_of, run_final
+from tests.tracked import (  # noqa: F401 - fixtures
+    assert_complete,
+    files_of,
+    group,
+    job,
+    quick,
+    run_sweep,
+    run_trial,
+    stub,
+    trials,
+)
 from tests.trials import result_of
-
-_quick, stub, job = test_tracker._quick, test_tracker.stub, test_tracker.job
-group, trials = test_tracker.group, test_tracker.trials
 
 
 @pytest.fixture
