@@ -75,7 +75,9 @@ def sweep(lab: Lab, name: str, outage: bool) -> dict[str, float]:
         if v.twin_of is None
     ]
     taken["training"] = sum(epoch.seconds for view in views for epoch in view.epochs)
-    if name in lab.outages:
+    if outage:
+        if name not in lab.outages:
+            raise SystemExit("the sweep ended before its outage was over; give JOB more epochs")
         taken["slowed"] = slowed(lab, name, views)
     problems = lab.problems(settings)
     epochs = sum(len(view.epochs) for view in views)

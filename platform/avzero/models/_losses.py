@@ -21,9 +21,18 @@ def hinge(anchor: Tensor, near: Tensor, far: Tensor, margin: Tensor) -> Tensor:
 
     max(0, margin + ||a - near + eps|| - ||a - far + eps||) (avca.md section 3).
     """
-    gaps = [torch.linalg.vector_norm((anchor - x).add_(_EPS), dim=-1) for x in (near, far)]
-    loss: Tensor = (margin + gaps[0] - gaps[1]).clamp_min(0)
-    return loss
+    return _hinge(_gap(anchor, near), _gap(anchor, far), margin)
+
+
+def _gap(anchor: Tensor, other: Tensor) -> Tensor:
+    """Return Euclidean distances [...] of rows [..., o], as the triplet losses take them."""
+    gap: Tensor = torch.linalg.vector_norm((anchor - other).add_(_EPS), dim=-1)
+    return gap
+
+
+def _hinge(near: Tensor, far: Tensor, margin: Tensor) -> Tensor:
+    """Return triplet losses of distances."""
+    return (margin + near - far).clamp_min(0)
 
 
 def triplets(rows: Tensor, plan: Sequence[tuple[int, int, int]], margin: Tensor) -> Tensor:
@@ -42,10 +51,9 @@ def triplets(rows: Tensor, plan: Sequence[tuple[int, int, int]], margin: Tensor)
     pairs = sorted(set(sides))
     ends = pick(rows, [at for pair in pairs for at in pair])
     anchors, others = ends.view(-1, len(pairs), 2, rows.shape[-1]).unbind(-2)
-    gaps = torch.linalg.vector_norm((anchors - others).add_(_EPS), dim=-1)
-    gaps = pick(gaps[..., None], [pairs.index(side) for side in sides])
+    gaps = pick(_gap(anchors, others)[..., None], [pairs.index(side) for side in sides])
     near, far = gaps.view(-1, len(plan), 2).unbind(-1)
-    return (margin + near - far).clamp_min(0).mean(0)
+    return _hinge(near, far, margin).mean(0)
 
 
 def pick(rows: Tensor, which: Sequence[int]) -> Tensor:
