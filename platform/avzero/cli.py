@@ -20,6 +20,7 @@ from avzero.report.terminal import (
     JobArgument,
     JobStore,
     StoreOption,
+    TrackingOption,
     terminal,
 )
 
@@ -245,12 +246,6 @@ def _listeners(job: Job, console: Console) -> list[Listener]:
     return members
 
 
-TrackingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking", envvar="AVZERO_TRACKING", help="MLflow URI instead of the job's; 'off': none."
-    ),
-]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Ray cluster; default: one on this machine.")
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avzero.errors import UserError
-from avzero.report.terminal import DEFAULT_STORE, JobArgument, JobStore
+from avzero.report.terminal import DEFAULT_STORE, JobArgument, JobStore, TrackingOption
 
 if TYPE_CHECKING:
     from avzero.cluster.jobs import JobInfo, JobsApi
@@ -20,12 +20,6 @@ _Address = Annotated[
         "--address",
         envvar="RAY_API_SERVER_ADDRESS",
         help="The cluster's dashboard, http://HOST:8265.",
-    ),
-]
-_Tracking = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking", envvar="AVZERO_TRACKING", help="MLflow URI instead of the job's; 'off': none."
     ),
 ]
 _Env = Annotated[
@@ -64,7 +58,7 @@ def submit(  # noqa: PLR0913, PLR0917 - one per option
     job_file: JobArgument,
     address: _Address = None,
     store: JobStore = None,
-    tracking: _Tracking = None,
+    tracking: TrackingOption = None,
     env: _Env = None,
     shared_folder: Annotated[
         bool, typer.Option("--shared-folder", help="Every node mounts the store's folder.")
@@ -220,7 +214,7 @@ def doctor(
     ] = None,
     address: _Address = None,
     store: JobStore = None,
-    tracking: _Tracking = None,
+    tracking: TrackingOption = None,
     env: _Env = None,
 ) -> None:
     """Check cluster, versions, store, tracker and GPUs before anything starts."""

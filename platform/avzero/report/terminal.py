@@ -1,4 +1,4 @@
-"""What commands share: where they print, and the options that name a sweep or a store."""
+"""What commands share: where they print, and options for a sweep, a store or a tracker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from avzero import DEFAULT_STORE
 
-__all__ = ["DEFAULT_STORE", "JobArgument", "JobStore", "StoreOption", "terminal"]
+__all__ = ["DEFAULT_STORE", "JobArgument", "JobStore", "StoreOption", "TrackingOption", "terminal"]
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,12 @@ StoreOption = Annotated[
 ]
 JobArgument = Annotated[
     str, typer.Argument(metavar="SWEEP", help="A job file (jobs/demo.yaml) or a sweep's name.")
+]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking", envvar="AVZERO_TRACKING", help="MLflow URI instead of the job's; 'off': none."
+    ),
 ]
 JobStore = Annotated[
     str | None, typer.Option("--store", envvar="AVZERO_STORE", help="Instead of the job's store.")
