@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from avzero.canon import sha256_hex
@@ -17,6 +17,7 @@ from avzero.data.store import FeatureStore
 from avzero.spec import TRAIN_FIELDS, Task
 from avzero.train.records import Epoch
 from avzero.tune.desk import Desk, as_row
+from avzero.tune.journal_file import OnlyWriter
 from avzero.tune.listener import Listener, TrialView
 from avzero.tune.sweep import Sweep
 from tests.sweeps import SETTINGS, sweep
@@ -131,36 +132,34 @@ def test_speeds_change_nothing(place: Path, pruner: str) -> None:
 
 
 def test_kills_at_any_write_change_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty drivers in a row die while they write to the journal: before, after, or half-way."""
+    """Twenty drivers in a row die while they write to the journal, after any of its bytes."""
     drive(place, "calm", 0)
-    real = JournalFileBackend.append_logs
+    real = OnlyWriter.commit
     draw = random.Random(7)
     left = {"writes": 0}
+    cut: list[float] = []
 
-    def dying(self: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
-        left["writes"] -= 1
-        if left["writes"] > 0:
-            return real(self, logs)
-        how = draw.choice(["before", "after", "half"])
-        if how != "before":
-            real(self, logs)
-        if how == "half":
-            path = Path(self._file_path)
-            data = path.read_bytes()
-            path.write_bytes(data[: len(data) - draw.randrange(1, 20)])
+    def dying(self: OnlyWriter) -> None:
+        left["writes"] -= bool(self._waiting)
+        if left["writes"] >= 0 or not self._waiting:
+            return real(self)
+        data = "".join(f"{line}\n" for line in self._waiting).encode()
+        written = data[: draw.randrange(len(data) + 1)]
+        os.write(self._handle, written)
+        cut.append(len(written) / len(data))
+        self._waiting.clear()
         raise Killed
 
-    monkeypatch.setattr(JournalFileBackend, "append_logs", dying)
-    kills = 0
+    monkeypatch.setattr(OnlyWriter, "commit", dying)
     for attempt in range(40):
-        left["writes"] = draw.randrange(2, 60) if kills < 20 else 10**9
+        left["writes"] = draw.randrange(8) if len(cut) < 20 else 10**9
         try:
             drive(place, "stormy", attempt)
             break
         except Killed:
-            kills += 1
-    assert kills == 20
+            continue
     monkeypatch.undo()
+    assert len(cut) == 20 and sum(0 < share < 1 for share in cut) > 10
     assert outcome(place, "stormy") == outcome(place, "calm")
 
 

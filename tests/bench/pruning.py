@@ -41,7 +41,6 @@ from avzero.protocol.counter import fold
 from avzero.spec import Job, Task
 from avzero.train.records import Epoch
 from avzero.tune.desk import Desk, Orders, as_row
-from avzero.tune.listener import TrialView
 from avzero.tune.study import GroupStudy
 from avzero.tune.sweep import Sweep
 from tests.bench._measure import machine
@@ -142,7 +141,7 @@ def play(sweep: Sweep, slots: int, lasts: Sequence[float]) -> Found:
             if asked < (asked := sum(len(study._trials()) for study in sweep.studies.values())):
                 found.begun, found.by_then = found.end, found.trained
             held = desk._held.get(name, {})
-            alike |= {t: likeness(view) for t, view in held.items() if t not in alike}
+            alike |= {t: view.likeness for t, view in held.items() if t not in alike}
             found.stacks += len({alike[task] for task in held})
             then = found.end + (lasts[number] if orders else _POLL)
             heapq.heappush(queue, (then, number, answers(orders)))
@@ -151,11 +150,6 @@ def play(sweep: Sweep, slots: int, lasts: Sequence[float]) -> Found:
     winners = [study.winner() for study in sweep.studies.values()]
     found.best = statistics.mean([max(curve(w.task)) for w in winners if w is not None])
     return found
-
-
-def likeness(view: TrialView) -> str:
-    """Return what runs must agree in to be stacked."""
-    return f"{view.group.key} {view.group.structure(view.values)}"
 
 
 def sweep_of(name: str, store: FeatureStore, systems: int, epochs: int, **search: Any) -> Sweep:

@@ -89,7 +89,7 @@ def structural(group: Group, around: Sequence[Mapping[str, Any]]) -> dict[str, i
             for value in values:
                 # A combination the system refuses makes no structure.
                 with contextlib.suppress(UserError):
-                    different.add(group.structure({**point, name: value}))
+                    different.add(group.structure(group.task({**point, name: value})))
             found = max(found, len(different))
         counts[name] = found
     return counts

@@ -139,9 +139,9 @@ class Desk:
         if not safe:
             return {view.task.id: view for view in ready[:1]}
         kept = [view for view in safe if view.task.id in mine]
-        like = Counter(_likeness(view) for view in kept or safe[:1])
+        like = Counter(view.likeness for view in kept or safe[:1])
         rest = [view for view in safe if view.task.id not in mine]
-        rest.sort(key=lambda view: -like[_likeness(view)])
+        rest.sort(key=lambda view: -like[view.likeness])
         return {view.task.id: view for view in [*kept, *rest][: self._slots]}
 
     def _begin_another(self) -> bool:
@@ -203,11 +203,6 @@ class Desk:
                     listener.trial_ended(trial)
                 else:
                     listener.trial_started(trial)
-
-
-def _likeness(view: TrialView) -> str:
-    """Return what trials must agree in to be stacked: the group's structure of their values."""
-    return f"{view.group.key} {view.group.structure(view.values)}"
 
 
 def as_row(task: str, epoch: Epoch | None, finished: bool, failed: str) -> dict[str, Any]:

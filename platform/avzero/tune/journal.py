@@ -7,6 +7,7 @@ driver that was given up for dead and is not cannot write into its successor's.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from avzero.canon import identity
 from avzero.data.cache import cache_root
 from avzero.data.storage import Storage, disk_errors
 from avzero.errors import UserError
+from avzero.tune.journal_file import OnlyWriter
 from avzero.tune.lease import Lease, Numbers, read_claim
 from avzero.tune.space import Group
 
@@ -47,6 +49,9 @@ class Journal:
         """What the sweep has reached, for the heartbeat."""
         self.outcome = "interrupted"
         """How this call ended, for whoever looks at the heartbeat."""
+        self._file: OnlyWriter | None = None
+        self._studies: JournalStorage | None = None
+        """While driving: what all groups' studies write to; reading needs neither."""
         if self._mirrored:
             self._fetch(read_claim(storage, sweep).get("journal", self._key))
 
@@ -69,10 +74,13 @@ class Journal:
         return optuna.load_study(study_name=group.key, storage=storage)
 
     def create(self, group: Group) -> optuna.Study:
-        """Return a group's study for writing, made if needed."""
+        """Return a group's study for writing, made if needed; the journal is held exclusively."""
+        if self._studies is None:
+            self._file = OnlyWriter(self.path)
+            self._studies = JournalStorage(self._file)
         return optuna.create_study(
             study_name=group.key,
-            storage=self._open(),
+            storage=self._studies,
             directions=["maximize"] * len(group.job.search.objectives),
             load_if_exists=True,
         )
@@ -129,6 +137,7 @@ class Journal:
             self.outcome, message = "failed", str(error)
             raise
         finally:
+            self._close()
             self.lease = None
             lease.end(self.outcome, message)
 
@@ -148,12 +157,26 @@ class Journal:
             if whole != len(data):
                 self.path.write_bytes(data[:whole])
 
+    def commit(self) -> None:
+        """Put on disk what has been written: what happened may be acted on only then."""
+        if self._file is not None:
+            self._file.commit()
+
+    def _close(self) -> None:
+        """Commit what is left, unless the disk refuses; later writing begins anew."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.commit()
+            self._file.close()
+        self._file = self._studies = None
+
     def publish(self) -> None:
-        """Copy the journal to object storage.
+        """Put on disk what has been written, and copy the journal to object storage.
 
         Raises:
             UserError: another driver has taken over.
         """
+        self.commit()
         if self.lease is not None:
             self.lease.guard()
         if self._mirrored and self.path.exists():

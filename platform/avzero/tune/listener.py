@@ -5,6 +5,7 @@ Console and MLflow derive from ``Listener``; ``train`` and ``tune`` import neith
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,11 @@ class TrialView:
     """Why it failed."""
     twin_of: int | None = None
     """Number of an earlier trial with the same configuration, whose outcome this one takes."""
+
+    @functools.cached_property
+    def likeness(self) -> str:
+        """What trials must agree in to be stacked: group and structure."""
+        return f"{self.group.key} {self.group.structure(self.task)}"
 
     @property
     def best(self) -> Epoch | None:

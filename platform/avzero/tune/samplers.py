@@ -39,6 +39,9 @@ MOST_GRID_POINTS = 100_000
 _STARTUP_TRIALS = 8
 """Trials TPE draws at random before it models anything."""
 
+_KNOWN = (TrialState.COMPLETE, TrialState.PRUNED)
+"""States of trials that TPE learns from."""
+
 _SIGMA = 0.25
 """CMA-ES starts from the centre of the unit cube with this standard deviation."""
 
@@ -69,7 +72,8 @@ def make_sampler(
         own = CmaSampler(search.seed, number, distributions)
     else:
         # Every value of a grid's point is given; nothing is left to a sampler.
-        own = PerTrial(_tpe if search.sampler == "tpe" else RandomSampler, search.seed, number)
+        make, together = (_tpe, distributions) if search.sampler == "tpe" else (RandomSampler, {})
+        own = PerTrial(make, search.seed, number, together)
     return Sharing(shared, own) if shared else own
 
 
@@ -94,17 +98,32 @@ class PerTrial(BaseSampler):
         make: returns the sampler for a seed.
         seed: of the search.
         number: of the trial.
+        together: the ranges whose values are drawn together once there is something to go by.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int, number: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[int], BaseSampler],
+        seed: int,
+        number: int,
+        together: Distributions,
+    ) -> None:
         self._make = make
         self._key = (seed, number)
+        self._together = together
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Return the ranges whose values are drawn together."""
-        return dict(self._make(0).infer_relative_search_space(study, trial))
+        """Return the ranges whose values are drawn together.
+
+        Optuna compares the ranges of all trials at every ask, for they may differ in general; all
+        trials of a sweep have the same.
+        """
+        known = study._get_trials(deepcopy=False, states=_KNOWN, use_cache=True)
+        if not known:
+            return {}
+        return {name: own for name, own in sorted(self._together.items()) if not own.single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

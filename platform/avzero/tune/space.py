@@ -207,9 +207,8 @@ class Group:
                 "scaled has no unit for; use calibration: absolute"
             )
 
-    def structure(self, values: Mapping[str, Any]) -> str:
-        """Return what configurations must agree in to be trained stacked."""
-        task = self.task(values)
+    def structure(self, task: Task) -> str:
+        """Return what runs of the group must agree in to be trained stacked."""
         key = canonical([task.config, task.train.model_dump(mode="json")])
         if key not in self._structures:
             own = model_class(self.model).Config.model_validate(task.config)

@@ -123,7 +123,9 @@ class GroupStudy:
             self._structural = structural_names(self.group)
         for point in self.group.start_points[: self.group.trials]:
             study.enqueue_trial(point, skip_if_exists=True)
-        return self._take_seats(study)
+        events = self._take_seats(study)
+        self._journal.commit()
+        return events
 
     def _take_seats(self, study: optuna.Study) -> list[Event]:
         """Put unfinished trials of an earlier driver back into their seats."""
@@ -235,11 +237,15 @@ class GroupStudy:
                 break
             seat = self._seats[min(due)[1]]
             if seat.view is None:
-                yield from self._ask(seat, min(due)[1])
+                events = self._ask(seat, min(due)[1])
             elif seat.inbox:
-                yield from self._process(seat, seat.inbox.popleft())
+                events = self._process(seat, seat.inbox.popleft())
             else:
                 break
+            for event in events:
+                if event.epoch is None:  # an epoch is in its run's folder
+                    self._journal.commit()
+                yield event
         self._journal.publish()
 
     def _ask(self, seat: _Seat, at: int) -> Iterator[Event]:
