@@ -48,7 +48,7 @@ from avzero.train.folder import RunFolder
 from avzero.train.records import Epoch
 from avzero.train.slots import Outcome, Slots
 from avzero.tune import sweep as sweep_module
-from avzero.tune.desk import Desk, as_row
+from avzero.tune.desk import Desk, as_row, unpack
 from avzero.tune.listener import Listener, TrialView
 from avzero.tune.runner import ArrayRunner
 from avzero.tune.sweep import Sweep
@@ -112,8 +112,7 @@ class InstantRunner(ArrayRunner):
 
     def _round(self, orders: list[dict[str, Any]]) -> Iterator[Outcome]:
         val = {"S": 0.3, "U": 0.15, "HM": 0.2, "ZSL": 0.25, "beta": 0.5}
-        for order in orders:
-            task = Task.model_validate_json(order["task"])
+        for task, _ in unpack(orders):
             yield Outcome(task.id, Epoch(0, {"mse": 1.0}, 1e-2, val, True, 0.1, 20.0), True)
 
 
@@ -325,7 +324,7 @@ def client_round(name: str, store: FeatureStore, benchmark: str, uri: str) -> di
                 desk.take("array", rows)
                 orders = desk.orders("array")
             with clock("load"):
-                tasks = [(Task.model_validate_json(o["task"]), o["known"]) for o in orders]
+                tasks = unpack(orders)
                 for task in (task for task, _ in tasks if task.id not in loaded):
                     slots._load(task)
             loaded |= {task.id for task, _ in tasks}

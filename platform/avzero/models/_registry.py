@@ -166,15 +166,16 @@ def _outline(
         return cls(cls.Config.model_validate_json(config), Shapes(dict(features), *rest))
 
 
-def build(task: Task, shapes: Shapes) -> Model:
+def build(task: Task, shapes: Shapes, device: torch.device | None = None) -> Model:
     """Build a task's system with the framework's default initialisation, in its precision.
 
     The weights depend on (seed, stage) only, not on what was built before or how many workers
-    build it.
+    build it, nor on the device they are moved to (the CPU unless given).
     """
     cls = model_class(task.model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(_INITIALISATION, task.seed, task.stage) >> 1)
+        # Not torch.manual_seed, which seeds every kind of device there could be: 0.5 ms.
+        torch.default_generator.manual_seed(fold(_INITIALISATION, task.seed, task.stage) >> 1)
         model = cls(cls.Config.model_validate(task.config), shapes)
     number_sites(model)
-    return model.to(getattr(torch, task.train.precision))
+    return model.to(device or torch.device("cpu"), getattr(torch, task.train.precision))

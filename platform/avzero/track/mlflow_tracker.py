@@ -81,6 +81,7 @@ class MlflowTracker(Listener):
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
+        _remember_databricks()
         self._job = job
         try:
             client = MlflowClient(tracking_uri=uri)
@@ -248,6 +249,18 @@ class MlflowTracker(Listener):
     def _finish(self, draft: Draft) -> None:
         draft.close("FINISHED")
         self.outbox.put(draft.identity, draft, last=True)
+
+
+def _remember_databricks() -> None:
+    """Have MLflow's client find out once whether it runs in Databricks.
+
+    It asks at every request, by ten imports that fail: half of a request's CPU time.
+    """
+    from mlflow.tracking.request_header import databricks_request_header_provider as headers
+
+    provider = headers.DatabricksRequestHeaderProvider
+    if not hasattr(provider.in_context, "cache_info"):
+        provider.in_context = functools.cache(provider.in_context)  # type: ignore[method-assign]
 
 
 def _is_refusal(error: Exception) -> bool:

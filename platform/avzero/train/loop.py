@@ -61,7 +61,7 @@ class Trainer:
         self.world = world
         self.device = torch.device(device)
         self.data = data or StageData(benchmark, task, self.device)
-        self.model: Model = build(task, self.data.shapes).to(self.device)
+        self.model: Model = build(task, self.data.shapes, self.device)
         classes, steps = len(self.data.train_text), max(self.data.longest.values(), default=0)
         self.structure = structure(self.model, task, self.data.shapes, classes, steps)
         self.sites = sum(isinstance(m, Site) for m in self.model.modules())

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from avzero.canon import canonical
+from avzero.data.benchmark import Benchmark
 from avzero.data.store import FeatureStore
 from avzero.spec import Resources, Task
 from avzero.train.array import run_epoch
@@ -41,6 +42,7 @@ class Slots:
         set_threads(need.cpus)
         self._store = store
         self._device = device_of(need)
+        self._benchmarks: dict[str, Benchmark] = {}
         self._trainers: dict[str, Trainer] = {}
         self._data: dict[str, StageData] = {}
 
@@ -68,7 +70,7 @@ class Slots:
 
     def _load(self, task: Task) -> Trainer:
         """Build a run, or take it up from its folder."""
-        benchmark = self._store.open(task.benchmark)
+        benchmark = self._open(task)
         # Whatever StageData depends on; runs that agree in it share one.
         key = canonical(
             [
@@ -81,6 +83,12 @@ class Slots:
         trainer = Trainer(task, benchmark, folder, None, self._device, self._data.get(key))
         self._data = {key: trainer.data} | self._data
         return trainer
+
+    def _open(self, task: Task) -> Benchmark:
+        """Return a run's benchmark; a task names it by content, so it is opened once."""
+        if task.benchmark not in self._benchmarks:
+            self._benchmarks[task.benchmark] = self._store.open(task.benchmark)
+        return self._benchmarks[task.benchmark]
 
     def _replayed(self, trainer: Trainer, known: int) -> Iterator[Outcome]:
         """Yield what an earlier attempt did and nobody has been told."""
@@ -96,5 +104,5 @@ class Slots:
         last = epoch is None or epoch.epoch + 1 == task.train.epochs
         if last:
             trainer.finish()
-            conclude_stage_1(trainer.folder, self._store.open(task.benchmark))
+            conclude_stage_1(trainer.folder, self._open(task))
         return Outcome(task.id, epoch, last)

@@ -7,12 +7,14 @@ had and those of their structure, and is refilled after every epoch.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from avzero.errors import UserError
+from avzero.spec import Task
 from avzero.train.records import Epoch
 from avzero.tune.listener import Listener, TrialView
 from avzero.tune.study import Event, GroupStudy, Report
@@ -106,7 +108,7 @@ class Desk:
 
     def _order(self, view: TrialView) -> dict[str, Any]:
         known = self._studies[view.group.key].known(view.task.id)
-        return {"task": view.task.model_dump_json(), "known": known}
+        return {"task": view.task_json, "known": known}
 
     def ended(self, array: str) -> bool:
         """Return whether a single trial has ended, or waits while another could be trained."""
@@ -234,3 +236,14 @@ class Mailbox:
 def pack(orders: Orders) -> str:
     """Return orders as text."""
     return json.dumps(orders)
+
+
+def unpack(orders: Orders) -> list[tuple[Task, int]]:
+    """Return the runs that orders name, and how many of their epochs are known."""
+    return [(_read(order["task"]), int(order["known"])) for order in orders]
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(task: str) -> Task:
+    """Read a run; it is ordered again for every epoch."""
+    return Task.model_validate_json(task)

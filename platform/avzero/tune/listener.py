@@ -36,6 +36,11 @@ class TrialView:
     """Number of an earlier trial with the same configuration, whose outcome this one takes."""
 
     @functools.cached_property
+    def task_json(self) -> str:
+        """The task as an array is told it."""
+        return self.task.model_dump_json()
+
+    @functools.cached_property
     def likeness(self) -> str:
         """What trials must agree in to be stacked: group and structure."""
         return f"{self.group.key} {self.group.structure(self.task)}"

@@ -18,7 +18,7 @@ from avzero.train.folder import RunFolder
 from avzero.train.outcome import conclude_stage_1
 from avzero.train.records import Epoch, TrainingFailed
 from avzero.train.slots import Outcome, Slots
-from avzero.tune.desk import as_row
+from avzero.tune.desk import as_row, unpack
 
 _IDLE_SECONDS = 0.05
 
@@ -66,7 +66,7 @@ class ArrayRunner(tune.Trainable):
         return {"rows": json.dumps(rows), "hm": 0.0, "done": False}
 
     def _round(self, orders: list[dict[str, Any]]) -> Iterator[Outcome]:
-        runs = [(Task.model_validate_json(o["task"]), int(o["known"])) for o in orders]
+        runs = unpack(orders)
         if self._need.workers > 1:
             return self._workers.round(runs)
         if self._slots is None:
