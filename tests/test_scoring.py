@@ -18,7 +18,7 @@ from avzero.models._registry import build
 from avzero.models.avgzslnet import AVGZSLNet
 from avzero.protocol import scoring
 from avzero.protocol.calibration import calibrate
-from avzero.protocol.scoring import Nearest, harmonic_mean
+from avzero.protocol.scoring import Blocks, Nearest, harmonic_mean
 from avzero.protocol.stages import STAGE_1, STAGE_2
 from avzero.spec import BetaGrid, Preset, Protocol
 from avzero.train import data
@@ -138,9 +138,11 @@ def test_neither_blocks_nor_order_matter(
     cut = random.randrange(len(order) + 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "_CELLS", cells)
-        parts = Nearest.concatenate(
-            [facts(distances[i], target[i], seen, unseen) for i in (order[:cut], order[cut:])]
-        )
+        blocks = Blocks(len(order))
+        for i in (order[:cut], order[cut:]):
+            if i:
+                blocks.add(facts(distances[i], target[i], seen, unseen))
+    parts = blocks.whole()
     assert parts.sweep(GRID) == whole.sweep(GRID)
     assert parts.curve().best == whole.curve().best
     together = np.stack(whole.at_many(GRID), axis=1)
@@ -148,6 +150,18 @@ def test_neither_blocks_nor_order_matter(
         assert [parts.at(beta).seen, parts.at(beta).unseen] == scores
     backwards = np.stack(whole.at_many(GRID[::-1]), axis=1)
     np.testing.assert_array_equal(backwards[::-1], together)
+
+
+def test_a_missing_block_is_missed() -> None:
+    some = facts(torch.rand(3, 4), torch.arange(3), [0, 1], [2, 3])
+    blocks = Blocks(6)
+    with pytest.raises(ValueError, match="0 of 6 samples"):
+        blocks.whole()
+    blocks.add(some)
+    with pytest.raises(ValueError, match="3 of 6 samples"):
+        blocks.whole()
+    blocks.add(some)
+    np.testing.assert_array_equal(blocks.whole().target, [0, 1, 2, 0, 1, 2])
 
 
 def test_a_value_scores_alike_alone_and_in_a_grid() -> None:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from avzero.models._contract import Batch, Card, Context, Model, ModelConfig, Shapes
 from avzero.protocol.calibration import BOTH
-from avzero.protocol.scoring import Float64, Nearest, Scores
+from avzero.protocol.scoring import Blocks, Float64, Nearest, Scores
 from avzero.spec import BetaGrid, Protocol
 from avzero.train.data import EvaluationSet, Scaling, StageData, nearest
 from tests.bench._measure import cpu_of, in_fresh_process, machine, peak_bytes, ratio_line, rounds
@@ -138,7 +138,10 @@ class Ours:
 
     def from_embeddings(self) -> Scores:
         """Return the scores, from embeddings."""
-        return Nearest.concatenate(list(self.facts())).sweep(GRID)
+        facts = Blocks(len(self.target))
+        for block in self.facts():
+            facts.add(block)
+        return facts.whole().sweep(GRID)
 
     def facts(self) -> Iterator[Nearest]:
         """Yield what scoring needs, block by block."""

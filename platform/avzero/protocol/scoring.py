@@ -166,14 +166,6 @@ class Nearest:
             None if nan[m] else cls(limit[m], hit[m], true, alone[m], seen) for m in range(len(nan))
         ]
 
-    @staticmethod
-    def concatenate(blocks: Sequence[Nearest]) -> Nearest:
-        """Join blocks of samples of one evaluation."""
-        if len(blocks) == 1:
-            return blocks[0]
-        columns = {name: [getattr(block, name) for block in blocks] for name in _PER_SAMPLE}
-        return replace(blocks[0], **{name: np.concatenate(c) for name, c in columns.items()})
-
     def subset(self, keep: Bool) -> Nearest:
         """Return the samples where ``keep`` holds."""
         return replace(self, **{name: getattr(self, name)[keep] for name in _PER_SAMPLE})
@@ -263,6 +255,46 @@ class Nearest:
         return PerClass(
             classes.id, recall, np.where(classes.seen, np.nan, self._zsl), classes.count
         )
+
+
+class Blocks:
+    """The facts of the samples of one evaluation, put together block by block.
+
+    Each block goes where it stays: thousands of small results, kept while large tables of distances
+    come and go, would leave the heap full of holes (1 to 2 GB for a million samples).
+
+    Args:
+        count: how many samples there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._known = 0
+        self._whole: Nearest | None = None
+
+    def add(self, block: Nearest) -> None:
+        """Take the next block."""
+        end = self._known + len(block.target)
+        if self._whole is None:
+            self._whole = block
+            if end < self._count:
+                columns = {name: getattr(block, name) for name in _PER_SAMPLE}
+                room = {name: np.empty(self._count, c.dtype) for name, c in columns.items()}
+                self._whole = replace(block, **room)
+        if self._whole is not block:
+            for name in _PER_SAMPLE:
+                getattr(self._whole, name)[self._known : end] = getattr(block, name)
+        self._known = end
+
+    def whole(self) -> Nearest:
+        """Return the facts of all samples.
+
+        Raises:
+            ValueError: some are missing.
+        """
+        if self._whole is None or self._known != self._count:
+            raise ValueError(f"{self._known} of {self._count} samples")
+        return self._whole
 
 
 def _smallest(

@@ -18,7 +18,7 @@ from avzero.models._registry import model_class
 from avzero.protocol.calibration import BOTH, MISSING
 from avzero.protocol.retrieval import Gallery
 from avzero.protocol.sampling import ClassUniformSampler
-from avzero.protocol.scoring import Nearest
+from avzero.protocol.scoring import Blocks, Nearest
 from avzero.protocol.stages import STAGES, Stage
 from avzero.spec import InputScaling, Protocol, Task
 from avzero.train.steps import Steps, Table, Window, rows_at_once, tables, take, vectors
@@ -285,7 +285,7 @@ def headline(
         Per system what scoring needs of ``both``; None where a distance is NaN.
     """
     text = stage.class_text[torch.cat([data.seen_ids, data.unseen_ids])]
-    found: list[list[Nearest | None]] = [[] for _ in models]
+    found: list[Blocks | None] = [Blocks(len(data.rows)) for _ in models]
     with _eval_mode(models):
         rows_of_seen = SeenRows(stage, data.seen_ids)
         tables = [m.candidates(text, len(data.seen_ids), rows_of_seen) for m in models]
@@ -297,13 +297,12 @@ def headline(
                     own = model.distances({k: x[rows] for k, x in z.items()}, table, squared)
                     distances.append(of_present(own, stage.scaling.absent)[BOTH])
                 facts = data.facts_of_many(torch.stack(distances), labels[rows])
-                for parts, part in zip(found, facts, strict=True):
-                    parts.append(part)
-    whole = [[part for part in parts if part is not None] for parts in found]
-    return [
-        Nearest.concatenate(parts) if len(parts) == len(every) else None
-        for parts, every in zip(whole, found, strict=True)
-    ]
+                for m, block in enumerate(facts):
+                    if (blocks := found[m]) is not None and block is not None:
+                        blocks.add(block)
+                    else:
+                        found[m] = None
+    return [None if blocks is None else blocks.whole() for blocks in found]
 
 
 @torch.no_grad()
@@ -336,7 +335,7 @@ def nearest(
         text = stage.class_text[torch.cat([data.seen_ids, data.unseen_ids])]
         table = model.candidates(text, len(data.seen_ids), SeenRows(stage, data.seen_ids))
         squared = protocol.distance == "squared_l2"
-        found: dict[str, list[Nearest]] = {}
+        found: dict[str, Blocks] = {}
 
         def score(scaling: Scaling, missing: str = "") -> None:
             for features, labels in data.chunks(scaling):
@@ -348,7 +347,8 @@ def nearest(
                         keep.add(z, {name: d[:, : len(text)] for name, d in whole.items()}, target)
                     for name, d in of_present(whole, scaling.absent).items():
                         if name == BOTH or (every and not missing):
-                            found.setdefault(missing or name, []).append(data.facts(d, target))
+                            blocks = found.setdefault(missing or name, Blocks(len(data.rows)))
+                            blocks.add(data.facts(d, target))
 
         score(stage.scaling)
         for modality in data.features if every and not stage.scaling.absent else ():
@@ -357,7 +357,7 @@ def nearest(
             except FloatingPointError:
                 # It says something of the system without that modality, and nothing of the run.
                 found.pop(MISSING + modality, None)
-    return {name: Nearest.concatenate(parts) for name, parts in found.items()}
+    return {name: blocks.whole() for name, blocks in found.items()}
 
 
 def of_present(distances: dict[str, Tensor], absent: frozenset[str]) -> dict[str, Tensor]:

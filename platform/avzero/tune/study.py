@@ -226,8 +226,7 @@ class GroupStudy:
     def advance(self) -> Iterator[Event]:
         """Process what is due, in the order of the virtual clock; yield what happened."""
         while True:
-            asked = sum(t.state is not TrialState.WAITING for t in self._trials())
-            more = bool(self._orphans) or asked < self.group.trials
+            more = any(seat.view is None for seat in self._seats) and self._more()
             due = [
                 (seat.moment, at)
                 for at, seat in enumerate(self._seats)
@@ -247,6 +246,11 @@ class GroupStudy:
                     self._journal.commit()
                 yield event
         self._journal.publish()
+
+    def _more(self) -> bool:
+        """Return whether there are trials to begin; looks at all there have been."""
+        asked = sum(t.state is not TrialState.WAITING for t in self._trials())
+        return bool(self._orphans) or asked < self.group.trials
 
     def _ask(self, seat: _Seat, at: int) -> Iterator[Event]:
         """Give a free seat its next trial."""
