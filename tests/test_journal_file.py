@@ -74,6 +74,30 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match="No space"):
         writer.commit()
     assert path.read_bytes() == before
+    monkeypatch.setattr(os, "ftruncate", lambda handle, length: full(handle, memoryview(b"")))
+    with pytest.raises(OSError, match="No space"):
+        writer.commit()
+    assert path.read_bytes() != before, "not even cutting it back was allowed"
+    monkeypatch.undo()
+    writer.commit()
+    fresh = JournalStorage(JournalFileBackend(str(path)))
+    assert said(optuna.load_study(study_name="s", storage=fresh)) == said(study)
+
+
+def test_ctrl_c_while_it_waits_for_the_disk_writes_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "study.journal"
+    writer = OnlyWriter(path)
+    study = optuna.create_study(study_name="s", storage=JournalStorage(writer))
+    write(study, 2)
+
+    def interrupted(handle: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.commit()
     monkeypatch.undo()
     writer.commit()
     fresh = JournalStorage(JournalFileBackend(str(path)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,6 +167,37 @@ def test_the_journal_of_a_replaced_driver_does_not_count(tmp_path: Path, elsewhe
         assert last.path.read_text() == '{"op": 1}\n{"op": 2}\n'
     left = {key.split("/")[-1].split(".")[0] for key in storage.keys("sweeps/s/drivers/")}
     assert len(left) == 2, "of the drivers before the last two nothing is kept"
+
+
+def test_a_replaced_driver_writes_nothing_into_a_shared_journal(
+    tmp_path: Path, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system of several hosts, where a lock may lapse while its holder is frozen."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    storage = LocalStorage(tmp_path / "store")
+    search = SimpleNamespace(objectives=["hm"])
+    group: Any = SimpleNamespace(key="g", job=SimpleNamespace(search=search))
+    elsewhere("one")
+    old, new = Journal(storage, "s"), Journal(storage, "s")
+    with old.exclusive():
+        study = old.create(group)
+        old.commit()
+        study.set_user_attr("before", 1)
+        assert old.lease is not None and old.lease._thread is not None
+        old.lease._over.set()  # frozen
+        old.lease._thread.join()
+        elsewhere("two")
+        with new.exclusive():
+            new.create(group).set_user_attr("new", 1)
+            new.commit()
+            written = new.path.read_bytes()
+            old.lease._check()  # its heartbeat goes on
+            with pytest.raises(UserError, match="has taken over"):
+                old.commit()
+            old._close()
+            assert old.path == new.path and new.path.read_bytes() == written
+    seen = Journal(storage, "s").load(group)
+    assert seen is not None and seen.user_attrs == {"new": 1}
 
 
 def test_a_killed_driver_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:

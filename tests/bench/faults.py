@@ -138,6 +138,20 @@ def storm(run: Run, kills: int, draw: random.Random) -> dict[str, int]:
     return hit
 
 
+def show_difference(ours: Any, theirs: Any, path: str = "") -> None:
+    """Print where two stories differ: in peace, then in the storm."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in ours.keys() | theirs.keys():
+            show_difference(ours.get(key), theirs.get(key), f"{path}/{key}")
+    elif isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        if len(ours) != len(theirs):
+            print(f"    {path}: {len(ours)} entries, {len(theirs)}")
+        for number, pair in enumerate(zip(ours, theirs, strict=False)):
+            show_difference(*pair, f"{path}/{number}")
+    elif json.dumps(ours, default=str) != json.dumps(theirs, default=str):
+        print(f"    {path}: {ours!r}, {theirs!r}")
+
+
 def main() -> None:
     """Compare a sweep in peace with one in a storm."""
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
@@ -163,6 +177,8 @@ def main() -> None:
         for part, value in ours.items():
             same = json.dumps(value, default=str) == json.dumps(theirs[part], default=str)
             print(f"  {part}: {'identical' if same else 'DIFFERENT'}")
+            if not same:
+                show_difference(value, theirs[part])
         if json.dumps(ours, default=str) != json.dumps(theirs, default=str):
             raise SystemExit("the two sweeps differ")
 

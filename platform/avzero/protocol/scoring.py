@@ -275,15 +275,12 @@ class Blocks:
     def add(self, block: Nearest) -> None:
         """Take the next block."""
         end = self._known + len(block.target)
+        columns = {name: getattr(block, name) for name in _PER_SAMPLE}
         if self._whole is None:
-            self._whole = block
-            if end < self._count:
-                columns = {name: getattr(block, name) for name in _PER_SAMPLE}
-                room = {name: np.empty(self._count, c.dtype) for name, c in columns.items()}
-                self._whole = replace(block, **room)
-        if self._whole is not block:
-            for name in _PER_SAMPLE:
-                getattr(self._whole, name)[self._known : end] = getattr(block, name)
+            room = {name: np.empty(self._count, c.dtype) for name, c in columns.items()}
+            self._whole = replace(block, **room)
+        for name, column in columns.items():
+            getattr(self._whole, name)[self._known : end] = column
         self._known = end
 
     def whole(self) -> Nearest:

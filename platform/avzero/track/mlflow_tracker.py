@@ -256,9 +256,12 @@ def _remember_databricks() -> None:
 
     It asks at every request, by ten imports that fail: half of a request's CPU time.
     """
-    from mlflow.tracking.request_header import databricks_request_header_provider as headers
+    try:
+        from mlflow.tracking.request_header import databricks_request_header_provider as headers
 
-    provider = headers.DatabricksRequestHeaderProvider
+        provider = headers.DatabricksRequestHeaderProvider
+    except (ImportError, AttributeError):
+        return  # it has moved: then it asks
     if not hasattr(provider.in_context, "cache_info"):
         provider.in_context = functools.cache(provider.in_context)  # type: ignore[method-assign]
 

@@ -243,7 +243,7 @@ def unpack(orders: Orders) -> list[tuple[Task, int]]:
     return [(_read(order["task"]), int(order["known"])) for order in orders]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _read(task: str) -> Task:
     """Read a run; it is ordered again for every epoch."""
     return Task.model_validate_json(task)

@@ -1,4 +1,4 @@
-"""The journal file of a sweep: one Optuna study per group, written before anything acts on it.
+"""The journal file of a sweep: one Optuna study per group, on disk before anything acts on it.
 
 On a file system it is ``sweeps/<name>/study.journal``. In object storage every driver has one of
 its own, begun with its predecessor's, and the claim (``tune.lease``) names the one that counts: a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,8 +77,8 @@ class Journal:
     def create(self, group: Group) -> optuna.Study:
         """Return a group's study for writing, made if needed; the journal is held exclusively."""
         if self._studies is None:
-            self._file = OnlyWriter(self.path)
-            self._studies = JournalStorage(self._file)
+            file = OnlyWriter(self.path)
+            self._file, self._studies = file, JournalStorage(file)
         return optuna.create_study(
             study_name=group.key,
             storage=self._studies,
@@ -155,19 +156,26 @@ class Journal:
             data = self.path.read_bytes()
             whole = data.rfind(b"\n") + 1
             if whole != len(data):
-                self.path.write_bytes(data[:whole])
+                os.truncate(self.path, whole)
 
     def commit(self) -> None:
-        """Put on disk what has been written: what happened may be acted on only then."""
+        """Put on disk what has been written: what happened may be acted on only then.
+
+        Raises:
+            UserError: another driver has taken over, and writes this file.
+        """
+        if self.lease is not None:
+            self.lease.guard()
         if self._file is not None:
             self._file.commit()
 
     def _close(self) -> None:
-        """Commit what is left, unless the disk refuses; later writing begins anew."""
+        """Commit what is left, unless that is refused; later writing begins anew."""
+        with contextlib.suppress(OSError, UserError):
+            self.commit()
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._file.commit()
-            self._file.close()
+                self._file.close()
         self._file = self._studies = None
 
     def publish(self) -> None:
@@ -177,7 +185,5 @@ class Journal:
             UserError: another driver has taken over.
         """
         self.commit()
-        if self.lease is not None:
-            self.lease.guard()
         if self._mirrored and self.path.exists():
             self._storage.upload(self._key, self.path)

@@ -55,14 +55,19 @@ class OnlyWriter(BaseJournalBackend):
             return
         data = memoryview("".join(f"{line}\n" for line in self._waiting).encode())
         try:
+            self._cut()  # an earlier refusal may have left something
             while data:
                 data = data[os.write(self._handle, data) :]
             os.fsync(self._handle)
-        except OSError:
-            os.ftruncate(self._handle, self._length)
+            size = os.fstat(self._handle).st_size
+        except BaseException:  # Ctrl-C as well: what is both on disk and waiting comes twice
+            self._cut()
             raise
-        self._waiting.clear()
-        self._length = os.fstat(self._handle).st_size
+        self._waiting, self._length = [], size
+
+    def _cut(self) -> None:
+        if os.fstat(self._handle).st_size != self._length:
+            os.ftruncate(self._handle, self._length)
 
     def close(self) -> None:
         """Close the file; what waits is lost."""

@@ -120,10 +120,11 @@ class PerTrial(BaseSampler):
         Optuna compares the ranges of all trials at every ask, for they may differ in general; all
         trials of a sweep have the same.
         """
-        known = study._get_trials(deepcopy=False, states=_KNOWN, use_cache=True)
-        if not known:
-            return {}
-        return {name: own for name, own in sorted(self._together.items()) if not own.single()}
+        together = {
+            n: range_ for n, range_ in sorted(self._together.items()) if not range_.single()
+        }
+        known = together and study._get_trials(deepcopy=False, states=_KNOWN, use_cache=True)
+        return together if known else {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -7,8 +7,9 @@ and stopping and proposing look at nothing else. So the same sweep comes out wha
 restarted in between, and on any number of machines. A trial that has trained up to a decision
 which others' reports must precede is held until those have come in.
 
-Everything is written to the journal before anything acts on it: after any kill, the same reports
-taken again in the same order change nothing.
+Everything is in the journal before anything acts on it: before listeners hear that a trial begins
+or has ended, and before the next trials are handed out. An epoch is in its run's folder. After any
+kill, the same reports taken again in the same order change nothing.
 """
 
 from __future__ import annotations
