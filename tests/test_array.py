@@ -22,6 +22,7 @@ from avzero.train.loop import Trainer
 from avzero.train.records import Epoch, TrainingFailed
 from avzero.train.slots import Outcome, Slots
 from avzero.train.structure import structure
+from avzero.tune.runner import _Split
 from tests import test_contract as contract
 from tests.conftest import make_task
 from tests.toys import taken
@@ -89,6 +90,33 @@ def test_bits_do_not_depend_on_the_array(
         said += slots.round([(second, known)])
     for task in (first, second, third):
         assert_same(empty, task, said, whole[task.id])
+
+
+@pytest.mark.parametrize("kind", [Slots, _Split])
+def test_nothing_is_trained_before_what_was_is_told(
+    kind: type[Slots | _Split], benchmark: Benchmark, empty: FeatureStore
+) -> None:
+    """A run that is taken up may have to stop after an epoch its last worker could not report."""
+    task = make_task(benchmark, seed=41, train={"epochs": 3})
+    folder = RunFolder(empty.storage, task)
+
+    def told(rounds: Slots | _Split, known: int) -> list[tuple[int, bool, bool]]:
+        said = list(rounds.round([(task, known)]))
+        return [(o.epoch.epoch, o.epoch.replayed, o.finished) for o in said if o.epoch]
+
+    def stored() -> int:
+        state = folder.load_state()
+        return 0 if state is None else len(state.history)
+
+    lost = kind(empty, Resources())
+    assert told(lost, 0) == [(0, False, False)]
+    assert told(lost, 1) == [(1, False, False)] and stored() == 2
+    again = kind(empty, Resources())
+    assert told(again, 1) == [(1, True, False)] and stored() == 2, "it trained on"
+    assert told(again, 2) == [(2, False, True)]
+    last = kind(empty, Resources())
+    assert told(last, 1) == [(1, True, False), (2, True, True)]
+    assert [o.finished for o in kind(empty, Resources()).round([(task, 3)])] == [True]
 
 
 @pytest.mark.parametrize("system", ["avca", "hyper_multiple", "clipclap", "tcaf"])

@@ -49,6 +49,9 @@ class Slots:
     def round(self, orders: Sequence[tuple[Task, int]]) -> Iterator[Outcome]:
         """Train one epoch of every run; yield what is new.
 
+        A run that an earlier attempt took further than is known is not trained: whether it goes on
+        may depend on what it has to tell.
+
         Args:
             orders: runs, and how many of their epochs are known already.
 
@@ -57,11 +60,15 @@ class Slots:
         """
         names = {task.id for task, _ in orders}
         self._trainers = {name: t for name, t in self._trainers.items() if name in names}
+        waiting = []
         for task, known in orders:
             if task.id not in self._trainers:
                 self._trainers[task.id] = self._load(task)
-                yield from self._replayed(self._trainers[task.id], known)
-        waiting = [t for t in self._trainers.values() if t.epoch < t.task.train.epochs]
+            trainer = self._trainers[task.id]
+            if known < trainer.epoch or known == task.train.epochs:
+                yield from self._replayed(trainer, known)
+            else:
+                waiting.append(trainer)
         for trainer, outcome in run_epoch(waiting):
             if isinstance(outcome, TrainingFailed):
                 yield Outcome(trainer.task.id, failed=str(outcome))

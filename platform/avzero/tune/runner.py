@@ -85,12 +85,16 @@ class _Split:
         self._store, self._need = store, need
         self._task = ""
         self._epochs: Generator[Epoch, None, None] | None = None
+        self._stored = 0
+        """Epochs the run had when it was taken up."""
 
     def round(self, runs: list[tuple[Task, int]]) -> Iterator[Outcome]:
-        """Train one epoch of the one run that is named."""
+        """Train one epoch of the one run that is named; see ``Slots.round``."""
         for task, known in runs:
             if task.id != self._task or self._epochs is None:
                 self.stop()
+                state = RunFolder(self._store.storage, task).load_state()
+                self._stored = 0 if state is None else len(state.history)
                 self._task, self._epochs = task.id, drive(self._store, task, self._need)
             try:
                 for epoch in self._epochs:
@@ -99,7 +103,7 @@ class _Split:
                         self._conclude(task)
                     if epoch.epoch >= known or last:
                         yield Outcome(task.id, epoch if epoch.epoch >= known else None, last)
-                    if not epoch.replayed:
+                    if not epoch.replayed or known <= epoch.epoch == self._stored - 1:
                         return
             except TrainingFailed as error:
                 yield Outcome(task.id, failed=str(error))
