@@ -77,7 +77,8 @@ class _Block(torch.autograd.Function):
         centred = products.view(*products.shape[:-2], rows, -1, weight.shape[-2])
         mean = centred.sum(-3, keepdim=True).mul_(1 / rows)
         centred -= mean
-        var = (centred * centred).sum(-3, keepdim=True).mul_(1 / rows)
+        room = centred * centred
+        var = room.sum(-3, keepdim=True).mul_(1 / rows)
         scale = (var + eps).rsqrt_()
         factor, shift = _to_rows(gamma) * scale, _to_rows(beta)
         kept = None
@@ -88,9 +89,10 @@ class _Block(torch.autograd.Function):
             shape = centred.shape[-3:]
             gate = dropout_gate(key, shape, threshold, 0, shape.numel())
             gate = gate if gate.dtype == gamma.dtype else gate.to(gamma.dtype)
-            out = torch.minimum(torch.addcmul(shift, centred, factor), gate, out=gate)
+            torch.addcmul(shift, centred, factor, out=room)
+            out = torch.minimum(room, gate, out=room)
         else:
-            out = torch.addcmul(shift, centred, factor)
+            out = torch.addcmul(shift, centred, factor, out=room)
         out = out.relu_().view(products.shape)
         ctx.save_for_backward(x, weight, out, centred, factor, scale, kept)
         ctx.mark_non_differentiable(mean, var)

@@ -143,7 +143,8 @@ def dropout_gate(
     words = _part(first, shape, total, key.device) * _per_slot(key[..., 1], shape)
     # Rounded to 24 bits, which moves p by 2^-25 at most. A difference of 0 stays 0: dropped.
     threshold = _per_slot(threshold.to(torch.float32), shape)
-    return torch.sub(threshold, words.to(torch.float32), alpha=_GATE)
+    gate = words.to(torch.float32)
+    return torch.sub(threshold, gate, alpha=_GATE, out=gate)
 
 
 def _per_slot(x: Tensor, shape: torch.Size) -> Tensor:
