@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import threading
 import time
@@ -16,7 +17,7 @@ from avzero.data.storage import LocalStorage
 from avzero.errors import UserError
 from avzero.train.folder import RunFolder
 from avzero.train.loop import Trainer
-from avzero.tune import lease
+from avzero.tune import journal_file, lease
 from avzero.tune.journal import Journal
 from avzero.tune.lease import Lease, read_beat, read_claim
 from tests.conftest import make_task
@@ -198,6 +199,25 @@ def test_a_replaced_driver_writes_nothing_into_a_shared_journal(
             assert old.path == new.path and new.path.read_bytes() == written
     seen = Journal(storage, "s").load(group)
     assert seen is not None and seen.user_attrs == {"new": 1}
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    journal = Journal(LocalStorage(tmp_path / "store"), "s")
+    search = SimpleNamespace(objectives=["hm"])
+    group: Any = SimpleNamespace(key="g", job=SimpleNamespace(search=search))
+    with journal.exclusive():
+        study = journal.create(group)
+        with monkeypatch.context() as patch:
+            patch.setattr(journal_file.os, "write", full)
+            with pytest.raises(UserError, match=r"study\.journal: no space left .*; free some"):
+                journal.commit()
+        study.set_user_attr("after", 1)
+        journal.commit()
+    seen = journal.load(group)
+    assert seen is not None and seen.user_attrs == {"after": 1}
 
 
 def test_a_killed_driver_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:

@@ -162,12 +162,13 @@ class Journal:
         """Put on disk what has been written: what happened may be acted on only then.
 
         Raises:
-            UserError: another driver has taken over, and writes this file.
+            UserError: another driver has taken over, and writes this file; the disk is full.
         """
         if self.lease is not None:
             self.lease.guard()
         if self._file is not None:
-            self._file.commit()
+            with disk_errors(self.path):
+                self._file.commit()
 
     def _close(self) -> None:
         """Commit what is left, unless that is refused; later writing begins anew."""
