@@ -22,6 +22,11 @@ from avzero.tune.journal import Journal
 from avzero.tune.lease import Lease, read_beat, read_claim
 from tests.conftest import make_task
 
+GROUP: Any = SimpleNamespace(
+    key="g", job=SimpleNamespace(search=SimpleNamespace(objectives=["hm"]))
+)
+"""What a journal asks of a group."""
+
 
 class Bucket(LocalStorage):
     """A folder that behaves as object storage: no object is a local file; it can be cut off."""
@@ -176,12 +181,10 @@ def test_a_replaced_driver_writes_nothing_into_a_shared_journal(
     """On a file system of several hosts, where a lock may lapse while its holder is frozen."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     storage = LocalStorage(tmp_path / "store")
-    search = SimpleNamespace(objectives=["hm"])
-    group: Any = SimpleNamespace(key="g", job=SimpleNamespace(search=search))
     elsewhere("one")
     old, new = Journal(storage, "s"), Journal(storage, "s")
     with old.exclusive():
-        study = old.create(group)
+        study = old.create(GROUP)
         old.commit()
         study.set_user_attr("before", 1)
         assert old.lease is not None and old.lease._thread is not None
@@ -189,7 +192,7 @@ def test_a_replaced_driver_writes_nothing_into_a_shared_journal(
         old.lease._thread.join()
         elsewhere("two")
         with new.exclusive():
-            new.create(group).set_user_attr("new", 1)
+            new.create(GROUP).set_user_attr("new", 1)
             new.commit()
             written = new.path.read_bytes()
             old.lease._check()  # its heartbeat goes on
@@ -197,7 +200,7 @@ def test_a_replaced_driver_writes_nothing_into_a_shared_journal(
                 old.commit()
             old._close()
             assert old.path == new.path and new.path.read_bytes() == written
-    seen = Journal(storage, "s").load(group)
+    seen = Journal(storage, "s").load(GROUP)
     assert seen is not None and seen.user_attrs == {"new": 1}
 
 
@@ -206,17 +209,15 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     journal = Journal(LocalStorage(tmp_path / "store"), "s")
-    search = SimpleNamespace(objectives=["hm"])
-    group: Any = SimpleNamespace(key="g", job=SimpleNamespace(search=search))
     with journal.exclusive():
-        study = journal.create(group)
+        study = journal.create(GROUP)
         with monkeypatch.context() as patch:
             patch.setattr(journal_file.os, "write", full)
             with pytest.raises(UserError, match=r"study\.journal: no space left .*; free some"):
                 journal.commit()
         study.set_user_attr("after", 1)
         journal.commit()
-    seen = journal.load(group)
+    seen = journal.load(GROUP)
     assert seen is not None and seen.user_attrs == {"after": 1}
 
 

@@ -29,7 +29,7 @@ from avzero.data.avca import read_avca
 from avzero.data.simulate import simulate
 from avzero.data.store import FeatureStore
 from avzero.spec import Job
-from avzero.tune.sweep import Sweep
+from avzero.tune.sweep import Sweep, difference
 from tests.bench._measure import machine
 
 JOB: dict[str, Any] = {
@@ -42,6 +42,9 @@ JOB: dict[str, Any] = {
     # A machine that is taken away often: no number of lost workers makes a trial fail.
     "resources": {"slots": 3, "concurrent": 2, "max_failures": 1000},
 }
+
+SHOWN = 300
+"""Characters of a difference."""
 
 
 class Run:
@@ -63,14 +66,14 @@ class Run:
             self._command, stdout=self._log, stderr=self._log, start_new_session=True
         )
 
-    def story(self) -> dict[str, object]:
-        """Return everything two sweeps must agree in."""
+    def story(self) -> dict[str, Any]:
+        """Return everything two sweeps must agree in, as JSON values by trial."""
         run = Sweep(Job.model_validate(self.job), self.store)
         (study,) = run.studies.values()
-        trials = [
-            (t.number, t.state.name, t.params, t.values, t.intermediate_values, t.user_attrs)
+        trials = {
+            t.number: (t.state.name, t.params, t.values, t.intermediate_values, t.user_attrs)
             for t in study._trials()
-        ]
+        }
         scores, weights = {}, {}
         for view in run.done():
             if view.twin_of is None:
@@ -83,7 +86,8 @@ class Run:
                 if state is not None:
                     key = view.folder.best_weights_key(state)
                     weights[view.number] = sha256_hex(self.store.storage.read(key))
-        return {"study": trials, "scores": scores, "weights": weights, "mlflow": self._logged()}
+        story = {"study": trials, "scores": scores, "weights": weights, "mlflow": self._logged()}
+        return dict(json.loads(json.dumps(story, default=str), parse_constant=str))  # NaN is NaN
 
     def _logged(self) -> list[object]:
         """Return what MLflow has of every trial."""
@@ -138,20 +142,6 @@ def storm(run: Run, kills: int, draw: random.Random) -> dict[str, int]:
     return hit
 
 
-def show_difference(ours: Any, theirs: Any, path: str = "") -> None:
-    """Print where two stories differ: in peace, then in the storm."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in ours.keys() | theirs.keys():
-            show_difference(ours.get(key), theirs.get(key), f"{path}/{key}")
-    elif isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
-        if len(ours) != len(theirs):
-            print(f"    {path}: {len(ours)} entries, {len(theirs)}")
-        for number, pair in enumerate(zip(ours, theirs, strict=False)):
-            show_difference(*pair, f"{path}/{number}")
-    elif json.dumps(ours, default=str) != json.dumps(theirs, default=str):
-        print(f"    {path}: {ours!r}, {theirs!r}")
-
-
 def main() -> None:
     """Compare a sweep in peace with one in a storm."""
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
@@ -175,11 +165,11 @@ def main() -> None:
         ours, theirs = calm.story(), wild.story()
         print(f"in peace {quiet:.0f} s; with {hit} killed {loud:.0f} s")
         for part, value in ours.items():
-            same = json.dumps(value, default=str) == json.dumps(theirs[part], default=str)
-            print(f"  {part}: {'identical' if same else 'DIFFERENT'}")
-            if not same:
-                show_difference(value, theirs[part])
-        if json.dumps(ours, default=str) != json.dumps(theirs, default=str):
+            found = difference(value, theirs[part])
+            print(f"  {part}: {'DIFFERENT' if found else 'identical'}")
+            for line in found:
+                print(f"    {line[:SHOWN]}")
+        if ours != theirs:
             raise SystemExit("the two sweeps differ")
 
 

@@ -166,11 +166,11 @@ def _outline(
         return cls(cls.Config.model_validate_json(config), Shapes(dict(features), *rest))
 
 
-def build(task: Task, shapes: Shapes, device: torch.device | None = None) -> Model:
+def build(task: Task, shapes: Shapes, device: torch.device | str = "cpu") -> Model:
     """Build a task's system with the framework's default initialisation, in its precision.
 
     The weights depend on (seed, stage) only, not on what was built before or how many workers
-    build it, nor on the device they are moved to (the CPU unless given).
+    build it, nor on the device they are moved to.
     """
     cls = model_class(task.model)
     with torch.random.fork_rng(devices=[]):
@@ -178,4 +178,4 @@ def build(task: Task, shapes: Shapes, device: torch.device | None = None) -> Mod
         torch.default_generator.manual_seed(fold(_INITIALISATION, task.seed, task.stage) >> 1)
         model = cls(cls.Config.model_validate(task.config), shapes)
     number_sites(model)
-    return model.to(device or torch.device("cpu"), getattr(torch, task.train.precision))
+    return model.to(device, getattr(torch, task.train.precision))

@@ -232,15 +232,15 @@ def canvas(
 ) -> tuple[Figure, list[Any]]:
     """Return a figure of so many inches and its axes, row by row."""
     figure = Figure(figsize=(width, height), dpi=120)
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)
 
 
 def png(figure: Figure) -> bytes:
     """Render without a timestamp: same data, same bytes."""
+    agg = FigureCanvasAgg(figure)
     figure.tight_layout()
     buffer = io.BytesIO()
     # Not savefig, which draws everything once in vain before it draws.
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
+    agg.print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return buffer.getvalue()

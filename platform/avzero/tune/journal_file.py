@@ -26,24 +26,24 @@ class OnlyWriter(BaseJournalBackend):
     """
 
     def __init__(self, path: Path) -> None:
-        self._before = list(JournalFileBackend(str(path)).read_logs(0))
+        self._records = list(JournalFileBackend(str(path)).read_logs(0))
         self._first = 0
-        """Number of the first record in ``_before``."""
+        """Number of the first record in ``_records``."""
         self._waiting: list[str] = []
         self._handle = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._length = os.fstat(self._handle).st_size
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Yield the records from a number on; those before it are forgotten."""
-        del self._before[: log_number_from - self._first]
+        del self._records[: log_number_from - self._first]
         self._first = log_number_from
-        yield from self._before
+        yield from self._records
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Take records; they are read back as the file will give them."""
         lines = [json.dumps(log, separators=(",", ":")) for log in logs]
         self._waiting += lines
-        self._before += [json.loads(line) for line in lines]
+        self._records += [json.loads(line) for line in lines]
 
     def commit(self) -> None:
         """Put on disk what waits.

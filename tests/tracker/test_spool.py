@@ -22,18 +22,8 @@ from avzero.tune.listener import TrialView
 from avzero.tune.space import Group
 from tests.mlflow_stub import Fault, MlflowStub
 from tests.test_outbox import ended
-from tests.test_tracker import final_of, run_final
-from tests.tracked import (  # noqa: F401 - fixtures
-    assert_complete,
-    files_of,
-    group,
-    job,
-    quick,
-    run_sweep,
-    run_trial,
-    stub,
-    trials,
-)
+from tests.tracker.conftest import assert_complete, files_of, run_sweep, run_trial
+from tests.tracker.test_tracker import final_of, run_final
 from tests.trials import result_of
 
 

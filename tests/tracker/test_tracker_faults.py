@@ -14,17 +14,7 @@ from avzero.track.outbox import Outbox
 from avzero.tune.listener import TrialView
 from avzero.tune.space import Group
 from tests.mlflow_stub import Fault, MlflowStub
-from tests.tracked import (  # noqa: F401 - fixtures
-    assert_complete,
-    files_of,
-    group,
-    job,
-    quick,
-    run_sweep,
-    run_trial,
-    stub,
-    trials,
-)
+from tests.tracker.conftest import assert_complete, files_of, run_sweep, run_trial
 
 
 def test_hooks_do_not_wait(

@@ -21,18 +21,7 @@ from avzero.tune.listener import FinalView, TrialView
 from avzero.tune.space import Group
 from tests.mlflow_stub import MlflowStub
 from tests.test_outbox import ended
-from tests.tracked import (  # noqa: F401 - fixtures
-    assert_complete,
-    files_of,
-    group,
-    job,
-    quick,
-    run_sweep,
-    run_trial,
-    steps,
-    stub,
-    trials,
-)
+from tests.tracker.conftest import assert_complete, files_of, run_sweep, run_trial, steps
 from tests.trials import EPOCHS, SETTINGS, epoch_of, result_of, trial_view
 
 SCORES = {"S", "U", "HM", "ZSL", "beta", "AUSUC"}

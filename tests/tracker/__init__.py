@@ -1,0 +1,1 @@
+"""Tests of the MLflow tracker; its fixtures are in ``conftest.py``."""
