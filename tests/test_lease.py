@@ -221,6 +221,24 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert seen is not None and seen.user_attrs == {"after": 1}
 
 
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        ('{"op_code": 0, "wor\n{"op_code": 1}\n', " in line 1"),
+        ('{"op_code": 0}\n', ""),
+        ("\0\n{}\n", " in line 1"),
+        ("[]\n", " in line 1"),
+    ],
+)
+def test_a_damaged_journal_is_said_in_one_line(tmp_path: Path, content: str, where: str) -> None:
+    storage = LocalStorage(tmp_path / "store")
+    journal = Journal(storage, "s")
+    journal.path.parent.mkdir(parents=True)
+    journal.path.write_text(content)
+    with pytest.raises(UserError, match=rf"sweeps/s/study\.journal: damaged{where}; restore it"):
+        journal.load(GROUP)
+
+
 def test_a_killed_driver_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
     """The kernel has given up its lock, so it is dead for certain."""
     storage = LocalStorage(tmp_path / "store")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -66,7 +67,11 @@ class Journal:
             self.path.unlink(missing_ok=True)
 
     def load(self, group: Group) -> optuna.Study | None:
-        """Return a group's study for reading; None when there is none yet."""
+        """Return a group's study for reading; None when there is none yet.
+
+        Raises:
+            UserError: the journal is damaged.
+        """
         if not self.path.exists():
             return None
         storage = self._open()
@@ -87,7 +92,23 @@ class Journal:
         )
 
     def _open(self) -> JournalStorage:
-        return JournalStorage(JournalFileBackend(str(self.path)))
+        try:
+            return JournalStorage(JournalFileBackend(str(self.path)))
+        except (ValueError, LookupError, TypeError, AssertionError) as error:
+            raise UserError(
+                f"{self._storage.url}/{self._key}: damaged{self._bad_line()}; restore it, or "
+                "delete it: the same command then proposes its trials again, and finds in the "
+                "store what they have trained"
+            ) from error
+
+    def _bad_line(self) -> str:
+        """Return which line is not a record, where one is not."""
+        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+            try:
+                json.loads(line)["op_code"]
+            except (ValueError, LookupError, TypeError):
+                return f" in line {number}"
+        return ""
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
