@@ -130,6 +130,24 @@ def test_console_tells_the_story(finished: tuple[Sweep, Recorder, Path]) -> None
         assert part in text
 
 
+def check_test_run(client: Any, run: Sweep, one: Any, files: set[str]) -> None:
+    """A TEST run has the stored scores, the figures and the model."""
+    stored = run.store.storage
+    (record,) = [
+        json.loads(stored.read(key))
+        for key in stored.keys("sweeps/tiny-sweep/final/")
+        if f"/{one.data.tags['mlflow.runName'].rsplit(' ', 1)[1]}.json" in key
+    ]
+    assert one.data.metrics["ZSL"] == pytest.approx(100 * record["test"]["both"]["ZSL"], abs=1e-4)
+    assert "AUSUC" in one.data.metrics
+    assert one.data.tags["avzero.test_opened"] == "true" and one.info.status == "FINISHED"
+    found = {f.path for f in client.list_artifacts(one.info.run_id)}
+    assert found == files | {"run.yaml", "embeddings_tsne.png"}
+    (made,) = one.outputs.model_outputs
+    model = client.get_logged_model(made.model_id)
+    assert model.status == "READY" and model.source_run_id == one.info.run_id
+
+
 def test_mlflow_tree(finished: tuple[Sweep, Recorder, Path]) -> None:
     from mlflow import MlflowClient
 
@@ -168,22 +186,7 @@ def test_mlflow_tree(finished: tuple[Sweep, Recorder, Path]) -> None:
         wanted = {"model.safetensors"} if view.state == "complete" else set()
         assert files == wanted | (pictures | tables if best else set())
     for one in by_kind["test"]:
-        stored = run.store.storage
-        (record,) = [
-            json.loads(stored.read(key))
-            for key in stored.keys("sweeps/tiny-sweep/final/")
-            if f"/{one.data.tags['mlflow.runName'].rsplit(' ', 1)[1]}.json" in key
-        ]
-        assert one.data.metrics["ZSL"] == pytest.approx(
-            100 * record["test"]["both"]["ZSL"], abs=1e-4
-        )
-        assert "AUSUC" in one.data.metrics
-        assert one.data.tags["avzero.test_opened"] == "true" and one.info.status == "FINISHED"
-        files = {f.path for f in client.list_artifacts(one.info.run_id)}
-        assert files == tables | figures | {"run.yaml", "embeddings_tsne.png"}
-        (made,) = one.outputs.model_outputs
-        model = client.get_logged_model(made.model_id)
-        assert model.status == "READY" and model.source_run_id == one.info.run_id
+        check_test_run(client, run, one, tables | figures)
     for one in by_kind["stage2"]:
         assert [m.step for m in client.get_metric_history(one.info.run_id, "train/loss")]
         files = {f.path for f in client.list_artifacts(one.info.run_id)}

@@ -111,16 +111,13 @@ class Rgw:
         for process in (self._gateway, self._osd, self._mon):
             process.stop()
 
-    def _make(self) -> None:
-        """Write configuration, keys and the monitor's files."""
-        for name in ("mon", "osd", "run"):
-            (self.folder / name).mkdir(parents=True)
-        cluster, first, second = uuid.uuid4(), free_port(), free_port()
+    def _configuration(self, cluster: str, address: str) -> str:
+        """Return ``ceph.conf`` for a monitor at an address, an OSD and a gateway."""
         store = "memstore" if self._in_memory else "bluestore"
-        self._conf.write_text(f"""\
+        return f"""\
 [global]
 fsid = {cluster}
-mon host = [v2:{LOOPBACK}:{first},v1:{LOOPBACK}:{second}]
+mon host = {address}
 auth cluster required = cephx
 auth service required = cephx
 auth client required = cephx
@@ -153,7 +150,15 @@ bluestore cache size = {64 << 20}
 [client.rgw.a]
 rgw frontends = beast endpoint={LOOPBACK}:{self.port} tcp_nodelay=1
 rgw data = {self.folder}/run
-""")
+"""
+
+    def _make(self) -> None:
+        """Write configuration, keys and the monitor's files."""
+        for name in ("mon", "osd", "run"):
+            (self.folder / name).mkdir(parents=True)
+        cluster = uuid.uuid4()
+        address = f"[v2:{LOOPBACK}:{free_port()},v1:{LOOPBACK}:{free_port()}]"
+        self._conf.write_text(self._configuration(str(cluster), address))
         ring = ["--create-keyring", str(self.folder / "keyring")]
         for name, caps in (
             ("mon.", ["mon", "allow *"]),
@@ -164,7 +169,6 @@ rgw data = {self.folder}/run
             options = [word for pair in pairs for word in ("--cap", *pair)]
             self._do("ceph-authtool", *ring, "--gen-key", "-n", name, *options)
             ring = [str(self.folder / "keyring")]
-        address = f"[v2:{LOOPBACK}:{first},v1:{LOOPBACK}:{second}]"
         monmap = str(self.folder / "monmap")
         self._do("monmaptool", "--create", "--addv", "a", address, "--fsid", str(cluster), monmap)
         self._do(
